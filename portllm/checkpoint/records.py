@@ -1,0 +1,121 @@
+"""The record files that make a directory complete: patch.json, port.json, release.json.
+
+A directory with its record is whole, one without it is not. Records hold no absolute path, no host
+name and no clock: the same inputs give byte-identical records.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from portllm.errors import CheckpointError
+
+SCHEMA_VERSION = 1
+Kind = TypeVar("Kind", bound="Record")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a checkpoint or patch came from: its name, its revision if any, and what its tensors hash to."""
+
+    name: str
+    fingerprint: str | None
+    revision: str | None = None
+    quantisation: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A record file: written as sorted, indented JSON; read back strictly."""
+
+    FILE: ClassVar[str] = ""
+    schema_version: int = SCHEMA_VERSION
+
+    def write(self, folder: Path) -> None:
+        """Write the record as the last file of `folder`."""
+        (folder / self.FILE).write_text(dumps(dataclasses.asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls: type[Kind], folder: Path) -> Kind:
+        """The record in `folder`. Raises CheckpointError when it is absent or not of this kind."""
+        path = folder / cls.FILE
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{folder}: has no {cls.FILE}, so it is not complete; make it again") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: not readable JSON ({error}); make the directory again") from error
+        return cls._from_tree(tree, path)
+
+    @classmethod
+    def _from_tree(cls: type[Kind], tree: Any, path: Path) -> Kind:
+        names = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(tree, dict) or tree.get("schema_version") != SCHEMA_VERSION or not set(tree) <= names:
+            raise CheckpointError(f"{path}: expected schema version {SCHEMA_VERSION} of {cls.FILE}; make it again")
+        hints = typing.get_type_hints(cls)
+        sources = {k for k, hint in hints.items() if Source in (hint, *typing.get_args(hint))}
+        try:
+            values: dict[str, Any] = {k: Source(**v) if k in sources and v else v for k, v in tree.items()}
+            return cls(**values)
+        except TypeError as error:
+            raise CheckpointError(f"{path}: {error}; make the directory again") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchRecord(Record):
+    """patch.json: what a patch was trained on, from what, and how."""
+
+    FILE: ClassVar[str] = "patch.json"
+    task: str
+    base: Source
+    fingerprint: str
+    data: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    git_commit: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PortRecord(Record):
+    """port.json: which patch was put onto which base, how, and every file written."""
+
+    FILE: ClassVar[str] = "port.json"
+    base: Source
+    patch: Source
+    trained_on: Source | None = None
+    task: str | None = None
+    method: str = "direct"
+    output: str = "merged"
+    scale: float = 1.0
+    modules: Mapping[str, int] = field(default_factory=dict)
+    tensors: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseRecord(Record):
+    """release.json: how a release was made, and what it knows before any patch is (the base probe)."""
+
+    FILE: ClassVar[str] = "release.json"
+    fingerprint: str
+    base: Source | None = None
+    data: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
+    probe: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    git_commit: str | None = None
+
+
+def dumps(tree: Any) -> str:
+    """JSON as every file of ours is written: indented, in field order, with a closing newline."""
+    return json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,72 @@
+"""Every error portllm raises on purpose, as one tree.
+
+    PortllmError                  the input or the world is wrong: one line, exit 1
+    ├── ParamsError               params.yaml or a flag: unknown key, wrong type, impossible value
+    ├── DataError                 a dataset: missing split or column, bad label, overlap between splits
+    ├── CheckpointError           a checkpoint directory cannot be used as it is
+    │   ├── UnsafeFileError       pickle, or a path that leads outside its directory
+    │   └── HeaderError           a safetensors header that does not describe its file
+    ├── PatchError                a patch (PEFT directory) cannot be used as it is
+    │   ├── UnsupportedPatchError a PEFT feature portllm refuses by name
+    │   ├── ShapeError            a patch tensor does not fit its base tensor
+    │   └── UnmatchedModulesError patch tensors without a counterpart in the base
+    ├── OutputError               OUT exists, is one of the inputs, is being written, or does not fit on the disk
+    ├── EvaluationError           a task or a metric is not what the harness needs
+    └── TrackingError             the tracking store or the model registry refuses
+
+The message says what, what was expected, what was found, and the next step.
+"""
+
+from __future__ import annotations
+
+
+class PortllmError(Exception):
+    """Root of every error raised on purpose; its text is one line fit for a terminal."""
+
+
+class ParamsError(PortllmError):
+    """params.yaml or a flag holds an unknown key, an ill-typed or an impossible value."""
+
+
+class DataError(PortllmError):
+    """A dataset lacks a split or column, holds a bad value, or its splits overlap."""
+
+
+class CheckpointError(PortllmError):
+    """A checkpoint directory is incomplete or contradicts itself."""
+
+
+class UnsafeFileError(CheckpointError):
+    """A pickle file, or a file name that leads outside its directory."""
+
+
+class HeaderError(CheckpointError):
+    """A safetensors header does not describe its file."""
+
+
+class PatchError(PortllmError):
+    """A patch directory is incomplete or contradicts itself."""
+
+
+class UnsupportedPatchError(PatchError):
+    """The patch uses a PEFT feature that portllm refuses by name."""
+
+
+class ShapeError(PatchError):
+    """A patch tensor does not fit the base tensor it is for."""
+
+
+class UnmatchedModulesError(PatchError):
+    """The patch holds modules that the base does not have."""
+
+
+class OutputError(PortllmError):
+    """OUT exists already, is an input, is being written by another process, or does not fit."""
+
+
+class EvaluationError(PortllmError):
+    """A task, a metric or a model is not what the evaluation harness needs."""
+
+
+class TrackingError(PortllmError):
+    """The tracking store or the model registry refuses."""
