@@ -1,0 +1,198 @@
+"""The recorder: reads what a stage says from stdin, keeps its MLflow run, answers with one JSON object.
+
+It ends when the stage closes the run, when the pipe ends, or when the stage is gone; a run that
+was not closed is marked KILLED, so that nothing stays RUNNING for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from portllm.tracking import store
+from portllm.tracking.messages import Message, flatten, in_alphabet, one_line
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# MLflow's limits for one request
+_METRICS_PER_BATCH = 1000
+_PARAMS_AND_TAGS_PER_BATCH = 100
+# tags hold 8000 characters: about 55 artifacts of ours
+_ARTIFACTS_PER_TAG = 40
+# how often curves are sent while the stage runs
+_FLUSH_SECONDS = 1.0
+
+
+def main() -> int:
+    """Record one run; the reply stands alone on stdout, everything else that talks goes to stderr."""
+    reply_to = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        reply = record(Lines(0))
+        code = 0
+    except Exception as error:
+        reply = {"error": one_line(error)}
+        code = 1
+    os.write(reply_to, json.dumps(reply).encode())
+    return code
+
+
+class Lines:
+    """Messages from a pipe, in whatever portions they come; the end of the pipe or of the parent ends them."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self._parent = os.getppid()
+        self._rest = b""
+        self.ended = False
+
+    def read(self, seconds: float) -> list[Message]:
+        """What arrives within `seconds`, without waiting for more than the first portion."""
+        ready, _, _ = select.select([self._handle], [], [], seconds)
+        if ready:
+            portion = os.read(self._handle, 1 << 16)
+            self.ended = not portion
+            *whole, self._rest = (self._rest + portion).split(b"\n")
+            return [json.loads(line) for line in whole]
+        # a worker that the stage forked may hold the pipe open after the stage was killed
+        self.ended = os.getppid() != self._parent
+        return []
+
+
+def record(lines: Lines) -> dict[str, Any]:
+    """Keep one run until it is closed; returns its id and what was registered."""
+    pending: list[Message] = []
+    while not pending and not lines.ended:
+        pending = lines.read(_FLUSH_SECONDS)
+    if not pending:
+        return {"error": "nothing to record"}
+    run = Run(pending.pop(0))
+    try:
+        while True:
+            for message in pending:
+                if message["op"] == "close":
+                    return run.close(message["status"], message["time_ms"])
+                run.handle(message)
+            run.flush()
+            if lines.ended:
+                return run.close("KILLED", int(time.time() * 1000))
+            pending = lines.read(_FLUSH_SECONDS)
+    except Exception:
+        run.abandon()
+        raise
+
+
+class Run:
+    """One run in MLflow, from the first message to its end."""
+
+    def __init__(self, start: Message) -> None:
+        self._root = Path.cwd()
+        self._curves: list[tuple[str, float, int, int]] = []
+        # asked first: the stage may end, and with it the way up to DVC, while MLflow is being imported
+        group = store.invocation()
+        self._client: MlflowClient = store.connect(self._root)
+        experiment = store.experiment_id(self._client, self._root)
+        self._parent = store.parent_run(self._client, experiment, group) if group else None
+        self._id = self._create(experiment, start)
+        self.flush(params=flatten(start["params"]))
+
+    def _create(self, experiment: str, start: Message) -> str:
+        tags = {
+            "mlflow.source.name": f"portllm {start['stage']}",
+            "mlflow.source.type": "LOCAL",
+            "portllm.stage": start["stage"],
+            **store.git_tags(self._root),
+        }
+        if self._parent:
+            tags["mlflow.parentRunId"] = self._parent
+        if stage := os.environ.get("DVC_STAGE"):
+            tags["portllm.dvc.stage"] = stage
+        created = self._client.create_run(experiment, start["time_ms"], tags, start["name"])
+        return str(created.info.run_id)
+
+    def handle(self, message: Message) -> None:
+        """Take in one message that is neither the first nor the last."""
+        if message["op"] == "metrics":
+            self._add_metrics(message["values"], message["time_ms"], message["step"])
+        elif message["op"] == "result":
+            self._add_result(message)
+
+    def _add_metrics(self, values: dict[str, float], time_ms: int, step: int) -> None:
+        self._curves += [(in_alphabet(key), value, time_ms, step) for key, value in values.items()]
+
+    def _add_result(self, result: Message) -> None:
+        self._add_metrics(result["metrics"], result["time_ms"], 0)
+        tags = {key: str(value) for key, value in result["tags"].items()}
+        self.flush(tags={**tags, **lineage_tags("read", result["reads"]), **lineage_tags("write", result["writes"])})
+        self._add_datasets(result["datasets"])
+        for path in map(Path, result["artifacts"]):
+            if path.is_dir():
+                self._client.log_artifacts(self._id, str(path), path.name)
+            else:
+                self._client.log_artifact(self._id, str(path))
+
+    def _add_datasets(self, datasets: Sequence[dict[str, str]]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        if not datasets:
+            return
+        inputs = []
+        for one in datasets:
+            # MLflow holds 36 characters of a digest
+            entity = Dataset(one["name"], one["digest"][:36], "local", json.dumps({"uri": one["source"]}))
+            inputs.append(DatasetInput(entity, [InputTag("mlflow.data.context", one["context"])]))
+        self._client.log_inputs(self._id, inputs)
+
+    def flush(self, *, params: dict[str, str] | None = None, tags: dict[str, str] | None = None) -> None:
+        """Send curves, parameters and tags, in portions MLflow accepts."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        metrics = [Metric(*point) for point in self._curves]
+        entities = [Param(*pair) for pair in (params or {}).items()]
+        labels = [RunTag(*pair) for pair in (tags or {}).items()]
+        for part in portions(metrics, _METRICS_PER_BATCH):
+            self._client.log_batch(self._id, metrics=part)
+        for part in portions(entities, _PARAMS_AND_TAGS_PER_BATCH):
+            self._client.log_batch(self._id, params=part)
+        for part in portions(labels, _PARAMS_AND_TAGS_PER_BATCH):
+            self._client.log_batch(self._id, tags=part)
+        self._curves.clear()
+
+    def close(self, status: str, time_ms: int) -> dict[str, Any]:
+        """End the run, and with it the invocation as it stands so far."""
+        self.flush()
+        self._client.set_terminated(self._id, status, time_ms)
+        if self._parent:
+            store.close_parent(self._client, self._parent, status)
+        return {"run_id": self._id}
+
+    def abandon(self) -> None:
+        """Recording failed: leave no run that seems to be at work, where the store still answers."""
+        try:
+            self._client.set_terminated(self._id, "KILLED")
+        except Exception as error:
+            sys.stderr.write(f"{one_line(error)}\n")
+
+
+def lineage_tags(direction: str, artifacts: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Per fingerprint a tag one can search for, and the whole list as JSON in as many tags as it takes."""
+    tags = {f"portllm.{direction}.{one['fingerprint'][:16]}": one["name"] for one in artifacts}
+    for number, part in enumerate(portions(list(artifacts), _ARTIFACTS_PER_TAG), start=1):
+        tags[f"portllm.{direction}s" + (f".{number}" if number > 1 else "")] = json.dumps(part)
+    return tags
+
+
+def portions(items: list[Any], size: int) -> list[list[Any]]:
+    """`items` in lists of at most `size`."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

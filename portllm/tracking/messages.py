@@ -1,0 +1,96 @@
+"""What a stage tells its recorder: plain JSON, without secrets and without the machine's paths."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Message = dict[str, Any]
+
+# who:password@ in an address, a key in a query, a hub token
+_CREDENTIALS = (
+    (re.compile(r"(\w+://)[^/@\s]+@"), r"\1"),
+    (re.compile(r"([?&](?:\w*token|\w*key|sig\w*|password|secret)=)[^&\s]+", re.I), r"\1***"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_***"),
+)
+_SECRET_KEY = re.compile(r"(^|[._-])(token|password|secret|api_key|apikey|credentials?)$", re.I)
+_NOT_IN_KEYS = re.compile(r"[^\w.\-/ ]")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Something a stage read or wrote, known by its fingerprint (hex digest); `name` is a path in the project."""
+
+    kind: Literal["checkpoint", "patch", "ported", "dataset", "result"]
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset a run used: shown by MLflow beside the run, with its digest."""
+
+    name: str
+    digest: str
+    source: str
+    context: Literal["training", "evaluation"] = "training"
+
+
+def plain(value: Any, root: Path) -> Any:
+    """`value` as JSON knows it: dataclasses, mappings and sequences taken apart, every text cleaned."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): "***" if _secret(key, item) else plain(item, root) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(item, root) for item in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return clean(str(value), root)
+
+
+def clean(text: str, root: Path) -> str:
+    """`text` without credentials; a path below `root` made relative to it, another absolute path cut to its name."""
+    for pattern, safe in _CREDENTIALS:
+        text = pattern.sub(safe, text)
+    if os.path.isabs(text) and "\n" not in text:
+        path = Path(os.path.normpath(text))
+        return str(path.relative_to(root)) if path.is_relative_to(root) else f".../{path.name}"
+    return text.replace(f"{root}{os.sep}", "")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested parameters as `section.key` → text, in MLflow's alphabet."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{path}."))
+        elif isinstance(value, list):
+            flat[in_alphabet(path)] = ", ".join(map(str, value))
+        else:
+            flat[in_alphabet(path)] = str(value)
+    return flat
+
+
+def in_alphabet(key: str) -> str:
+    """A metric's or parameter's name as MLflow accepts it: lm-eval's `acc,none` is `acc`, its other commas are dots."""
+    return _NOT_IN_KEYS.sub("_", key.removesuffix(",none").replace(",", "."))
+
+
+def one_line(error: BaseException | str) -> str:
+    """An error as one short line fit for a terminal, without credentials."""
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    text = " ".join(text.split())
+    for pattern, safe in _CREDENTIALS:
+        text = pattern.sub(safe, text)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _secret(key: object, value: object) -> bool:
+    return isinstance(value, str) and value != "" and _SECRET_KEY.search(str(key)) is not None
