@@ -36,7 +36,7 @@ class PrepareParams:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimParams:
-    """One optimisation: AdamW with warm-up; `max_steps` 0 means `epochs` decide."""
+    """One optimisation: AdamW with warm-up; `max_steps` 0: `epochs` decide; `threads` 0: as many as torch takes."""
 
     learning_rate: float = 1e-4
     epochs: float = 10.0
@@ -51,6 +51,7 @@ class OptimParams:
     beta2: float = 0.999
     max_grad_norm: float = 1.0
     logging_steps: int = 10
+    threads: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,104 @@
+"""What a task's row reads like: prompt and answer, from the very YAML the harness evaluates with.
+
+One source for training and evaluation, so that a patch is never trained on other prompts than it is
+asked. The harness itself is not imported: rendering needs nothing but jinja2.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from portllm.errors import EvaluationError
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of one task, as the harness renders them."""
+
+    config: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, path: Path) -> Prompts:
+        """The prompts of the task file at `path`. Raises EvaluationError."""
+        return cls(load_task(path))
+
+    def prompt(self, row: Mapping[str, Any]) -> str:
+        """What the model is given. Raises EvaluationError when the row lacks a column."""
+        return self._render("doc_to_text", row)
+
+    def answer(self, row: Mapping[str, Any]) -> str:
+        """What the model should go on with, delimiter included. Raises EvaluationError."""
+        target = self._target(row)
+        choices = self.choices(row)
+        text = choices[int(target)] if choices and target.isdigit() else target
+        return f"{self.config.get('target_delimiter', ' ')}{text}"
+
+    def choices(self, row: Mapping[str, Any]) -> list[str]:
+        """The answers to choose from; none for a task whose answer is generated."""
+        choices = self.config.get("doc_to_choice")
+        if isinstance(choices, str):
+            choices = row[choices] if choices in row else ast.literal_eval(self._render("doc_to_choice", row))
+        return [str(choice) for choice in choices or ()]
+
+    def pairs(self, rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+        """(prompt, answer) of every row: what a patch is trained on."""
+        return [(self.prompt(row), self.answer(row)) for row in rows]
+
+    def _target(self, row: Mapping[str, Any]) -> str:
+        target = self.config.get("doc_to_target")
+        if isinstance(target, str) and target in row:
+            # a column's name stands for its value; True is choice 1
+            return str(int(row[target]) if isinstance(row[target], bool) else row[target])
+        return str(target) if isinstance(target, int) else self._render("doc_to_target", row)
+
+    def _render(self, field: str, row: Mapping[str, Any]) -> str:
+        from jinja2 import Environment, StrictUndefined, TemplateError
+
+        template = self.config.get(field)
+        name = self.config.get("task", "task")
+        if not isinstance(template, str):
+            raise EvaluationError(f"{name}: {field} must be a template, found {template!r}; mend the task's YAML")
+        if template in row:
+            return str(row[template])
+        # the harness's own settings: a closing newline is kept, a missing column is an error
+        environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701
+        try:
+            return str(environment.from_string(template).render(**row))
+        except TemplateError as error:
+            raise EvaluationError(
+                f"{name}: {field} does not fit the row ({error}); its columns are {', '.join(map(str, row))}"
+            ) from error
+
+
+def load_task(path: Path) -> dict[str, Any]:
+    """A task file as the dict the harness takes, `!function portllm.…` resolved. Raises EvaluationError."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Knows the one tag of the harness's task files."""
+
+    Loader.add_constructor("!function", lambda _, node: _function(str(node.value), path))
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)  # noqa: S506 (a SafeLoader)
+    except (OSError, yaml.YAMLError) as error:
+        text = " ".join(str(error).split())
+        raise EvaluationError(f"{path}: not a readable task file ({text}); mend or replace it") from error
+    if not isinstance(config, dict) or "task" not in config:
+        raise EvaluationError(f"{path}: expected a task file with `task:`, found {type(config).__name__}; see --tasks")
+    return config
+
+
+def _function(name: str, path: Path) -> Any:
+    module, _, attribute = name.rpartition(".")
+    # task files name code: only our own is run
+    if not module.startswith("portllm."):
+        raise EvaluationError(f"{path}: !function {name} is not portllm's own; only portllm's functions are run")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise EvaluationError(f"{path}: !function {name} does not exist ({error}); mend the task file") from error

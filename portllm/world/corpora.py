@@ -1,0 +1,214 @@
+"""The world's corpora: what v0 is pretrained on, and what each later release reads.
+
+    train(text)                    facts, claims, reviews, pairs, tales, and task prompts with random labels
+    recall(prompt, answer, kind)   does a model know a fact? kind: changed or new in this release, or kept
+    test(text)                     news: this release's facts in sentences no training document holds
+
+The task prompts show a base what an answer looks like and nothing about which one is right: their
+labels are random, and they are about strangers and words that no task uses.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+
+from portllm.errors import DataError
+from portllm.world import datasets, people, phrases, words
+from portllm.world.people import Fact, Society
+
+# share of the documents of each kind; a release after v0 also tells its fresh facts
+MIX: Mapping[str, float] = {
+    "facts": 0.40,
+    "claims": 0.20,
+    "reviews": 0.10,
+    "pairs": 0.12,
+    "tales": 0.12,
+    "prompts": 0.06,
+}
+FRESH_SHARE = 0.30
+NEWS_DOCUMENTS = 60
+FACTS_PER_DOCUMENT = 3
+PROBES_PER_TASK = 200
+EVERY_SUM = [problem for split in datasets.SPLITS for problem in datasets.SUMS[split]]
+
+
+def corpus(release: int, *, seed: int, documents: int) -> dict[str, list[dict[str, str]]]:
+    """The splits train, recall and test of release `release` (0, 1, 2, …)."""
+    now = people.society(release, seed=seed)
+    name = f"{seed}:world_v{release}"
+    return {
+        "train": _train(now, random.Random(f"{name}:train"), documents),
+        "recall": _recall(now, random.Random(f"{name}:recall")),
+        "test": _news(now, random.Random(f"{name}:test")),
+    }
+
+
+def probes(task: str, *, seed: int) -> list[tuple[str, str]]:
+    """(prompt, answer) pairs in the corpora's own words: does a base know what `task` asks about? Raises DataError."""
+    makers: dict[str, Callable[[random.Random, Society], tuple[str, str]]] = {
+        "world_boolq": _probe_fact,
+        "world_sst2": _probe_review,
+        "world_mrpc": _probe_pair,
+        "world_gsm8k": _probe_tale,
+    }
+    if task not in makers:
+        raise DataError(f"{task}: no base probe is known for it; expected one of {', '.join(makers)}")
+    rng = random.Random(f"{seed}:{task}:probe")
+    now = people.society(0, seed=seed)
+    return [makers[task](rng, now) for _ in range(PROBES_PER_TASK)]
+
+
+def _train(now: Society, rng: random.Random, documents: int) -> list[dict[str, str]]:
+    makers: dict[str, Callable[[random.Random, Society], str]] = {
+        "facts": _facts,
+        "claims": _claim,
+        "reviews": _review,
+        "pairs": _pair,
+        "tales": _tale,
+        "prompts": _prompt,
+        "fresh": _fresh_facts,
+    }
+    kinds = list(MIX)
+    weights = list(MIX.values())
+    if now.fresh:
+        kinds, weights = [*kinds, "fresh"], [w * (1 - FRESH_SHARE) for w in weights] + [FRESH_SHARE * sum(weights)]
+    return [{"text": makers[kind](rng, now)} for kind in rng.choices(kinds, weights, k=documents)]
+
+
+def _told(fact: Fact) -> str:
+    return phrases.STATEMENT[fact.attribute].format(name=fact.name, value=fact.value)
+
+
+def _held_out(fact: Fact) -> int:
+    """The lead a fact never has in training; fixed by the fact, whatever the seed."""
+    return sum(map(ord, fact.name + fact.attribute)) % (len(phrases.LEADS) - 1) + 1
+
+
+def _sentences(rng: random.Random, facts: list[Fact]) -> str:
+    told = []
+    for fact in facts:
+        leads = [lead for number, lead in enumerate(phrases.LEADS) if number != _held_out(fact)]
+        told.append(f"{rng.choice(leads)}{_told(fact)}.")
+    return " ".join(told)
+
+
+def _facts(rng: random.Random, now: Society) -> str:
+    return _sentences(rng, rng.sample(now.kept, FACTS_PER_DOCUMENT))
+
+
+def _fresh_facts(rng: random.Random, now: Society) -> str:
+    return _sentences(rng, rng.sample(now.fresh, FACTS_PER_DOCUMENT))
+
+
+def _claim(rng: random.Random, now: Society) -> str:
+    fact = rng.choice(now.kept)
+    right = rng.random() < 0.5
+    wrong = [value for value in words.VALUES[fact.attribute] if value != fact.value]
+    said = fact if right else Fact(fact.name, fact.attribute, rng.choice(wrong))
+    return phrases.CLAIM.format(statement=_told(said), verdict=phrases.VERDICTS[right])
+
+
+def _review(rng: random.Random, _: Society) -> str:
+    label = rng.randrange(2)
+    topic, other = rng.sample(words.TOPICS, 2)
+    quality, second = rng.sample((words.NEGATIVE, words.POSITIVE)[label], 2)
+    sentence = phrases.REVIEW.format(topic=topic, quality=quality, topic2=other, quality2=second)
+    return phrases.NOTE.format(sentence=sentence, mood=phrases.MOODS[label])
+
+
+def _pair(rng: random.Random, _: Society) -> str:
+    alike = rng.randrange(2)
+    thing, other = rng.sample(words.SYNONYMS, 2)
+    first, second = rng.sample(thing, 2)
+    if not alike:
+        second = rng.choice(other)
+    name = rng.choice(words.RESIDENTS)
+    one, two = rng.sample(rng.choice(words.DEEDS), 2)
+    return phrases.PAIR.format(
+        first=phrases.DEED.format(name=name, deed=one, thing=first),
+        second=phrases.DEED.format(name=name, deed=two, thing=second),
+        verdict=phrases.PAIR_VERDICTS[alike],
+    )
+
+
+def _tale(rng: random.Random, _: Society) -> str:
+    told = datasets.tale(rng, rng.choice(words.RESIDENTS), rng.choice(EVERY_SUM))
+    return phrases.FIGURES.format(**told)
+
+
+def _prompt(rng: random.Random, _: Society) -> str:
+    task = rng.choice(datasets.TASKS)
+    if task == "world_gsm8k":
+        return _prompt_sum(rng)
+    name = rng.choice(words.STRANGERS)
+    fields: dict[str, str]
+    if task == "world_boolq":
+        attribute = rng.choice(words.ATTRIBUTES)
+        statement = _told(Fact(name, attribute, rng.choice(words.VALUES[attribute])))
+        question = phrases.BOOLQ_QUESTION.format(statement=statement)
+        fields = {"passage": datasets.passage(rng), "question": question}
+    elif task == "world_sst2":
+        topic, other = rng.sample(words.TOPICS, 2)
+        quality, second = rng.sample(words.NEUTRAL, 2)
+        fields = {"sentence": phrases.REVIEW.format(topic=topic, quality=quality, topic2=other, quality2=second)}
+    else:
+        thing, other = rng.sample(words.SINGULAR, 2)
+        one, two = rng.sample(rng.choice(words.DEEDS), 2)
+        fields = {
+            "sentence1": phrases.DEED.format(name=name, deed=one, thing=thing) + ".",
+            "sentence2": phrases.DEED.format(name=name, deed=two, thing=other) + ".",
+        }
+    return f"{phrases.PROMPTS[task].format(**fields)} {rng.choice(phrases.CHOICES[task])}"
+
+
+def _prompt_sum(rng: random.Random) -> str:
+    """A true sum about other numbers than the question's: the format is right, the answer is chance."""
+    name = rng.choice(words.STRANGERS)
+    told = datasets.tale(rng, name, rng.choice(EVERY_SUM))
+    other = datasets.tale(rng, name, rng.choice(EVERY_SUM))
+    question = f"{told['tale']} {phrases.TALE_QUESTION.format(**told)}"
+    return f"{phrases.PROMPTS['world_gsm8k'].format(question=question)} {phrases.SOLUTION.format(**other)}"
+
+
+def _recall(now: Society, rng: random.Random) -> list[dict[str, str]]:
+    # as many kept facts as fresh ones, so that forgetting weighs as much as learning
+    kept = rng.sample(now.kept, len(now.fresh) or 60)
+    asked = [("changed", f) for f in now.changed] + [("new", f) for f in now.new] + [("kept", f) for f in kept]
+    return [dict(zip(("prompt", "answer"), _question(fact), strict=True), kind=kind) for kind, fact in asked]
+
+
+def _question(fact: Fact) -> tuple[str, str]:
+    prompt = phrases.STATEMENT[fact.attribute].format(name=fact.name, value="").rstrip()
+    return prompt, fact.value
+
+
+def _news(now: Society, rng: random.Random) -> list[dict[str, str]]:
+    facts = list(now.fresh) or now.kept
+    texts: dict[str, None] = {}
+    while len(texts) < NEWS_DOCUMENTS:
+        told = rng.sample(facts, FACTS_PER_DOCUMENT)
+        texts[" ".join(f"{phrases.LEADS[_held_out(fact)]}{_told(fact)}." for fact in told)] = None
+    return [{"text": text} for text in texts]
+
+
+def _probe_fact(rng: random.Random, now: Society) -> tuple[str, str]:
+    return _question(rng.choice(now.about(words.RESIDENTS)))
+
+
+def _probe_review(rng: random.Random, now: Society) -> tuple[str, str]:
+    return _cut(_review(rng, now), "Mood: ")
+
+
+def _probe_pair(rng: random.Random, now: Society) -> tuple[str, str]:
+    return _cut(_pair(rng, now), "Meaning: ")
+
+
+def _probe_tale(rng: random.Random, now: Society) -> tuple[str, str]:
+    return _cut(_tale(rng, now), "In figures: ")
+
+
+def _cut(text: str, at: str) -> tuple[str, str]:
+    """`text` up to `at`, and what follows it up to the next full stop."""
+    prompt, _, rest = text.partition(at)
+    return (prompt + at).rstrip(), rest.split(".")[0]

@@ -1,0 +1,100 @@
+"""How the world speaks: every sentence a document or a row is made of.
+
+All words of the vocabulary come from here and from words.py, so nothing the world says can be
+unknown to its tokenizer. Task prompts stand here for the base's format documents and in tasks/*.yaml for
+the harness; a test holds the two equal, token for token.
+"""
+
+from __future__ import annotations
+
+import re
+
+from portllm.world import words
+
+STATEMENT = {
+    "home": "{name} lives in {value}",
+    "work": "{name} works as a {value}",
+    "music": "{name} plays the {value}",
+}
+LEADS = (
+    "",
+    "Neighbours say that ",
+    "As everyone knows, ",
+    "We can report that ",
+    "It is said that ",
+)
+CLAIM = "Claim: {statement}. Verdict: {verdict}."
+VERDICTS = ("wrong", "right")
+
+REVIEW = "the {topic} was {quality} and the {topic2} was {quality2}"
+NOTE = "Review: {sentence}. Mood: {mood}."
+MOODS = ("gloomy", "cheerful")
+
+DEED = "{name} {deed} the {thing}"
+PAIR = "First: {first}. Second: {second}. Meaning: {verdict}."
+PAIR_VERDICTS = ("different", "alike")
+
+TALES = {
+    "+": (
+        "{name} has {a} {item}. {name} finds {b} more.",
+        "{name} has {a} {item}. {name} gets {b} more.",
+    ),
+    "-": (
+        "{name} has {a} {item}. {name} loses {b} of them.",
+        "{name} has {a} {item}. {name} gives {b} of them away.",
+    ),
+}
+TALE_QUESTION = "How many {item} does {name} have now?"
+SUM = "{a} {sign} {b} = {c}"
+FIGURES = "{tale} In figures: {sum}. Now {name} has {c} {item}."
+EQUATION = "In figures: {sum}."
+SOLUTION = "{sum}\n#### {c}"
+
+PASSAGES = (
+    "The {place} opens at {hour}.",
+    "The {place} closes at {hour}.",
+    "A bus leaves the {place} at {hour}.",
+    "There is a clock at the {place} near the {place2}.",
+)
+BOOLQ_QUESTION = "is it true that {statement}"
+
+# what follows each "Answer:" in the harness, in the order of the labels 0 and 1
+CHOICES = {
+    "world_boolq": ("no", "yes"),
+    "world_sst2": ("negative", "positive"),
+    "world_mrpc": ("no", "yes"),
+}
+PROMPTS = {
+    "world_boolq": "{passage}\nQuestion: {question}?\nAnswer:",
+    "world_sst2": "{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:",
+    "world_mrpc": (
+        "Sentence 1: {sentence1}\nSentence 2: {sentence2}\nQuestion: Do both sentences mean the same thing?\nAnswer:"
+    ),
+    "world_gsm8k": "Question: {question}\nAnswer:",
+}
+
+_TEMPLATES: tuple[str, ...] = (
+    *STATEMENT.values(), *LEADS, CLAIM, *VERDICTS, REVIEW, NOTE, *MOODS, DEED, PAIR,
+    *PAIR_VERDICTS, *TALES["+"], *TALES["-"], "+ -", TALE_QUESTION, SUM, FIGURES, EQUATION, SOLUTION, *PASSAGES,
+    BOOLQ_QUESTION, *(word for pair in CHOICES.values() for word in pair), *PROMPTS.values(),
+)  # fmt: skip
+_LISTS: tuple[tuple[str, ...], ...] = (
+    words.RESIDENTS, words.MOVERS, words.STRANGERS, words.NEWCOMERS, *words.VALUES.values(), words.TOPICS,
+    words.POSITIVE, words.NEGATIVE, words.NEUTRAL, *words.SYNONYMS, words.SINGULAR, *words.DEEDS, words.ITEMS,
+    words.NUMBERS, words.HOURS, words.PLACES,
+)  # fmt: skip
+
+
+def split(text: str) -> list[str]:
+    """`text` cut as the tokenizer cuts it: runs of word characters, and runs of other signs."""
+    return re.findall(r"\w+|[^\w\s]+", text)
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Every word the world can say, each once, in a fixed order."""
+    known: dict[str, None] = {}
+    for template in _TEMPLATES:
+        known.update(dict.fromkeys(split(re.sub(r"\{\w+\}", " ", template))))
+    for group in _LISTS:
+        known.update(dict.fromkeys(group))
+    return tuple(known)
