@@ -28,7 +28,6 @@ class PrepareParams:
     """Where datasets come from: the embedded world, or files in the hub's columns."""
 
     seed: int = 0
-    datasets: tuple[str, ...] = ()
     train_rows: int = 2000
     test_rows: int = 480
     documents: int = 24000
@@ -92,7 +91,6 @@ class ReleaseParams:
     """How one release comes from the release before it."""
 
     base: str
-    corpus: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +194,7 @@ class Params:
             if recipe is None:
                 raise ParamsError(
                     f"releases names {name}, but evolve.releases has no recipe for it; "
-                    f"add evolve.releases.{name} with its base and corpus"
+                    f"add evolve.releases.{name} with its base"
                 )
             if recipe.base not in self.releases:
                 raise ParamsError(

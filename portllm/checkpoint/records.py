@@ -116,6 +116,15 @@ class ReleaseRecord(Record):
     git_commit: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class DatasetRecord:
+    """What `prepare` wrote: sha256 and number of rows of each split."""
+
+    dataset: str
+    digests: Mapping[str, str]
+    rows: Mapping[str, int]
+
+
 def dumps(tree: Any) -> str:
     """JSON as every file of ours is written: indented, in field order, with a closing newline."""
     return json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

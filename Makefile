@@ -1,0 +1,50 @@
+# portllm: `make repro` rebuilds every result, `make test` runs the tests; both set up .venv first.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+READY := $(VENV)/.ready
+SEEDS ?= 1 2
+export PATH := $(BIN):$(PATH)
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY) ## make .venv with the exact versions of constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools torch
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[test,dev]"
+	touch $@
+
+repro: $(READY) ## rebuild the whole experiment (dvc repro)
+	dvc repro
+
+test: $(READY) ## run the tests
+	HF_HUB_OFFLINE=1 pytest
+
+check: $(READY) ## lint, types and the architecture's laws
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports --no-cache
+
+seeds: $(READY) ## repeat the experiment with other seeds: make seeds SEEDS="1 2"
+	for seed in $(SEEDS); do dvc exp run --temp --name seed-$$seed \
+	  -S prepare.seed=$$seed -S fetch.seed=$$seed -S evolve.seed=$$seed -S train.seed=$$seed || exit 1; done
+	dvc exp show --no-pager --drop '.*' --keep 'results.*|seed'
+
+ui: $(READY) ## browse the runs and the registered models in MLflow
+	mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
+
+constraints: $(READY) ## write constraints.txt from what .venv holds
+	{ head -1 constraints.txt; pip list --format=freeze --exclude-editable | sed 's/+cpu//' | grep -v '^pip='; } > .constraints.new
+	mv .constraints.new constraints.txt
+
+clean: ## remove caches and what make setup made (results and DVC's cache stay)
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help setup repro test check seeds ui constraints clean

@@ -1,0 +1,5 @@
+"""`python -m portllm` is the `portllm` command."""
+
+from portllm.cli import main
+
+main()

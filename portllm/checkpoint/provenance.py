@@ -1,0 +1,51 @@
+"""What a record says of how its directory came to be: package versions, the commit, names without machine paths."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import subprocess  # noqa: S404  (git is asked one fixed question)
+from collections.abc import Iterable
+from pathlib import Path
+
+# hub caches keep a repository's files in …/models--OWNER--NAME/snapshots/REVISION
+SNAPSHOTS = "snapshots"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed versions of portllm and `packages`, for a record."""
+    return {name: importlib.metadata.version(name) for name in ("portllm", *packages)}
+
+
+def git_commit(folder: Path | None = None) -> str | None:
+    """The commit checked out in `folder` (default: here), or None outside a repository."""
+    try:
+        answer = subprocess.run(  # noqa: S607  (git is found where the user has it)
+            ["git", "rev-parse", "--verify", "--quiet", "HEAD"], cwd=folder, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return answer.stdout.strip() or None
+
+
+def public_name(path: Path) -> str:
+    """How a record names `path`: hub id for a hub cache, as given when relative, else its last component."""
+    if path.parent.name == SNAPSHOTS and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    if path.is_absolute():
+        return path.name
+    return path.as_posix()
+
+
+def revision(path: Path) -> str | None:
+    """The pinned revision, where `path` is a snapshot in a hub cache."""
+    return path.name if path.parent.name == SNAPSHOTS else None
+
+
+def digests(paths: Iterable[Path]) -> dict[str, str]:
+    """sha256 of each file, by its name under its folder: `world_boolq/train.parquet`."""
+    found: dict[str, str] = {}
+    for path in paths:
+        with path.open("rb") as file:
+            found[f"{path.parent.name}/{path.name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

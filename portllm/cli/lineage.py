@@ -1,0 +1,102 @@
+"""What each verb read and wrote, told to the tracker from the verb's record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from portllm.checkpoint.provenance import digests, public_name
+from portllm.checkpoint.records import DatasetRecord, PatchRecord, PortRecord, ReleaseRecord, Source
+from portllm.tracking import Artifact, Dataset
+from portllm.verbs.evaluate import Evaluation
+from portllm.verbs.report import ReportRecord
+
+Told = dict[str, Any]
+
+
+def of_dataset(record: DatasetRecord, out: Path) -> Told:
+    """A dataset was written."""
+    return {
+        "metrics": {f"rows_{split}": rows for split, rows in record.rows.items()},
+        "writes": [_dataset(out, split, digest) for split, digest in record.digests.items()],
+    }
+
+
+def of_release(record: ReleaseRecord, out: Path) -> Told:
+    """A checkpoint was written, from data and perhaps from the release before."""
+    return {
+        "metrics": {**record.metrics, **{f"probe_{task}": share for task, share in record.probe.items()}},
+        "reads": [*_sources("checkpoint", record.base), *_files(record.data)],
+        "writes": [Artifact("checkpoint", public_name(out), record.fingerprint)],
+        "datasets": _used(record.data, "training"),
+        "artifacts": [out / ReleaseRecord.FILE],
+    }
+
+
+def of_patch(record: PatchRecord, out: Path) -> Told:
+    """A patch was trained on a base and a task's data."""
+    return {
+        "metrics": record.metrics,
+        "reads": [*_sources("checkpoint", record.base), *_files(record.data)],
+        "writes": [Artifact("patch", public_name(out), record.fingerprint)],
+        "datasets": _used(record.data, "training"),
+        "artifacts": [out / PatchRecord.FILE, out / "history.csv"],
+        "tags": {"portllm.task": record.task},
+    }
+
+
+def of_port(record: PortRecord, out: Path) -> Told:
+    """A patch was put onto a base."""
+    counts = {f"modules_{k}": v for k, v in record.modules.items()} | {
+        f"tensors_{k}": v for k, v in record.tensors.items()
+    }
+    return {
+        "metrics": counts,
+        "reads": [*_sources("checkpoint", record.base), *_sources("patch", record.patch)],
+        "writes": [Artifact("ported", public_name(out), record.fingerprint)] if record.fingerprint else [],
+        "artifacts": [out / PortRecord.FILE],
+        "tags": {"portllm.task": record.task or ""},
+    }
+
+
+def of_evaluation(result: Evaluation, out: Path) -> Told:
+    """A release and its patches were scored."""
+    scores = {
+        f"{c.task}/{c.arm}/{c.patch_task or 'bare'}/{key}": v for c in result.cells for key, v in c.metrics.items()
+    }
+    marks = {c.patch: c.patch_fingerprint for c in result.cells if c.patch and c.patch_fingerprint}
+    return {
+        "metrics": scores,
+        "reads": [
+            Artifact("checkpoint", result.model, result.fingerprint),
+            *(Artifact("patch", name, mark) for name, mark in marks.items()),
+            *_files(result.data),
+        ],
+        "writes": [Artifact("result", public_name(out), *digests([out]).values())],
+        "datasets": _used(result.data, "evaluation"),
+        "artifacts": [out],
+    }
+
+
+def of_report(record: ReportRecord, out: Path) -> Told:
+    """Everything was put side by side."""
+    raise NotImplementedError
+
+
+def _sources(kind: Any, source: Source | None) -> list[Artifact]:
+    return [Artifact(kind, source.name, source.fingerprint)] if source and source.fingerprint else []
+
+
+def _files(digests: Mapping[str, str]) -> list[Artifact]:
+    return [Artifact("dataset", name, digest) for name, digest in digests.items()]
+
+
+def _used(digests: Mapping[str, str], context: Any) -> list[Dataset]:
+    return [
+        Dataset(name=name, digest=digest, source=f"data/{name}", context=context) for name, digest in digests.items()
+    ]
+
+
+def _dataset(out: Path, split: str, digest: str) -> Artifact:
+    return Artifact("dataset", f"{out.name}/{split}.parquet", digest)

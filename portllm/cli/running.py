@@ -1,0 +1,176 @@
+"""What every verb shares on the command line: settings, progress, tracking, cost, the JSON object."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from portllm import params
+from portllm.errors import PortllmError
+
+if TYPE_CHECKING:
+    from portllm.tracking import Tracker
+
+# DVC names itself to the commands of its stages; without it, a verb was called by hand
+DVC_ROOT = "DVC_ROOT"
+ORPHAN_POLL_SECONDS = 0.5
+PLAIN_STEPS = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    """The options every pipeline verb shares."""
+
+    params_file: Path | None
+    cost: Path | None
+    as_json: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the options before the verb say."""
+
+    verbose: int = 0
+    quiet: bool = False
+    track: bool | None = None
+
+    def tracking(self, params_file: Path | None) -> bool:
+        """Whether MLflow records this call: as asked, else inside a pipeline or with a tracking server named."""
+        if self.track is not None:
+            return self.track
+        return params_file is not None or DVC_ROOT in os.environ or "MLFLOW_TRACKING_URI" in os.environ
+
+
+class Verbs(click.Group):
+    """The verbs in the order of the pipeline; errors become one line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  (click's signature)
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PortllmError as error:
+            if ctx.params.get("verbose", 0) > 1:
+                raise
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("Stopped.", err=True)
+            ctx.exit(130)
+
+
+class Stage:
+    """One call of a verb: shows progress, passes metrics on, and keeps what was read and written."""
+
+    def __init__(self, verb: str, settings: Settings, tracker: Tracker) -> None:
+        self._verb = verb
+        self._settings = settings
+        self._tracker = tracker
+        self._bar: Any = None
+        self._shown = -1
+        self.cost: dict[str, Any] = {}
+        self.bytes_done = 0
+
+    def progress(self, done: int, total: int, note: str = "", *, unit: str = "it") -> None:
+        """Show `done` of `total`: a bar with rate and remaining time on a terminal, a few plain lines otherwise."""
+        if self._settings.quiet or total <= 0:
+            return
+        if sys.stderr.isatty():
+            self._advance(done, total, note, unit)
+            return
+        part = PLAIN_STEPS * done // total
+        if part != self._shown:
+            self._shown = part
+            click.echo(f"{self._verb}: {done}/{total} {unit} {note}".rstrip(), err=True)
+
+    def bytes(self, done: int, total: int) -> None:
+        """`progress`, counted in bytes."""
+        self.bytes_done = done
+        self.progress(done, total, unit="B")
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Hand metrics of one step to the tracker."""
+        self._tracker.metrics(step, values)
+
+    def finish(self, **told: Any) -> None:
+        """Hand the result and what was read and written to the tracker (see tracking.Tracker.finish)."""
+        self.close()
+        self._tracker.finish(**told)
+
+    def close(self) -> None:
+        """Take the progress bar off the terminal."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _advance(self, done: int, total: int, note: str, unit: str) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=self._verb, unit=unit, unit_scale=unit == "B", leave=False)
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+
+@contextlib.contextmanager
+def stage(verb: str, *, name: str, section: Any, opts: Common) -> Iterator[Stage]:
+    """Run a verb's body: tracked where asked, timed into the --cost file, stopped when its DVC is gone."""
+    from portllm.tracking import track
+
+    settings = click.get_current_context().find_object(Settings) or Settings()
+    _follow_parent()
+    root = Path(os.environ.get(DVC_ROOT, "."))
+    flat = params.as_tree(section) if section is not None else {}
+    with track(verb, name=name, params=flat, enabled=settings.tracking(opts.params_file), root=root) as tracker:
+        running = Stage(verb, settings, tracker)
+        yield running
+        if opts.cost is not None:
+            _write_cost(opts.cost, {"stage": verb, **running.cost})
+
+
+def answer(record: Mapping[str, Any], *, as_json: bool, line: str) -> None:
+    """The verb's one answer on stdout: a JSON object, or a line for people."""
+    click.echo(json.dumps(record, ensure_ascii=False) if as_json else line)
+
+
+def measured() -> dict[str, float]:
+    """Seconds and peak memory of this whole process so far, its imports included: what a user waits for."""
+    import resource
+
+    import psutil
+
+    peak_rss_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"wall_seconds": time.time() - psutil.Process().create_time(), "peak_rss_bytes": peak_rss_kib * 1024}
+
+
+def _write_cost(path: Path, cost: Mapping[str, Any]) -> None:
+    from portllm.checkpoint.output import staged_file
+    from portllm.checkpoint.records import dumps
+
+    with staged_file(path) as file:
+        file.write_text(dumps({**cost, **measured()}), encoding="utf-8")
+
+
+def _follow_parent() -> None:
+    """End this process when the DVC that started it is gone, so that a killed pipeline leaves no stage running."""
+    if DVC_ROOT not in os.environ:
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(ORPHAN_POLL_SECONDS)
+        # no clean-up on purpose: OUT is not there yet, and the next run removes what is beside it
+        os._exit(130)
+
+    threading.Thread(target=watch, daemon=True, name="follow-parent").start()

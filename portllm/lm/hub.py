@@ -1,0 +1,58 @@
+"""Where BASE, PATCH and MODEL come from: a local directory, or `hub-id[@revision]` at a pinned commit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from portllm.errors import CheckpointError
+
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+# safetensors only: pickled weights are never downloaded
+PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "*.md")
+
+
+def resolve(name: str | Path) -> Path:
+    """The directory `name` stands for: itself when it exists, else a snapshot of the hub repository.
+
+    Raises CheckpointError when it is neither, or when the hub cannot be reached or refuses.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    match = HUB_ID.fullmatch(str(name))
+    if match is None or path.is_absolute() or str(name).startswith("."):
+        raise CheckpointError(f"{name}: no such directory; expected a checkpoint or patch directory, or a hub id")
+    return _download(str(name), match["repo"], match["revision"])
+
+
+def _download(name: str, repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(PATTERNS)))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{name}: the hub repository is gated; accept its terms there, then log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{name}: the hub repository has no revision {revision}; check its branches") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{name}: neither a directory nor a hub repository you can see; check the name, or log in"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise CheckpointError(
+            f"{name}: not a directory, and the hub is out of reach (offline); give a local directory"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{name}: the hub did not give it ({reason}); try again") from error

@@ -1,0 +1,68 @@
+"""fetch: the first release, pretrained in the embedded world, or copied from a directory or the hub."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from portllm.checkpoint.fingerprint import fingerprint
+from portllm.checkpoint.output import staged
+from portllm.checkpoint.provenance import digests, git_commit, public_name, revision, versions
+from portllm.checkpoint.records import ReleaseRecord, Source
+from portllm.errors import DataError
+from portllm.lm import pretraining
+from portllm.lm.hub import resolve
+from portllm.params import FetchParams, as_tree
+from portllm.world import tokenizer
+
+WORLD = "world"
+
+
+def run(
+    *,
+    out: Path,
+    params: FetchParams,
+    corpus: Path | None = None,
+    force: bool = False,
+    on_metrics: pretraining.OnMetrics | None = None,
+    on_progress: pretraining.OnProgress | None = None,
+) -> ReleaseRecord:
+    """Write the release named by `params.source` to `out`. Raises DataError, CheckpointError and OutputError.
+
+    For `world`, a small Llama is pretrained from scratch on `corpus`/train.parquet, and asked what the
+    tasks ask about (the base probe) before any patch exists.
+    """
+    if params.source != WORLD:
+        return _copy(resolve(params.source), out, force)
+    if corpus is None:
+        raise DataError("the embedded world's first release is pretrained; pass its corpus with --corpus DIR")
+    with staged(out, force=force, inputs=(corpus,)) as folder:
+        words = tokenizer.build()
+        made = pretraining.from_scratch(words, corpus, params, on_metrics=on_metrics, on_progress=on_progress)
+        made.save(folder)
+        record = ReleaseRecord(
+            fingerprint=fingerprint(folder),
+            data=digests([corpus / pretraining.TRAIN]),
+            params=as_tree(params),
+            probe=made.known(corpus),
+            metrics=made.metrics,
+            versions=versions("torch", "transformers"),
+            git_commit=git_commit(),
+        )
+        record.write(folder)
+    return record
+
+
+def _copy(source: Path, out: Path, force: bool) -> ReleaseRecord:
+    mark = fingerprint(source)
+    with staged(out, force=force, inputs=(source,)) as folder:
+        for path in sorted(p for p in source.iterdir() if p.is_file()):
+            shutil.copyfile(path, folder / path.name)
+        record = ReleaseRecord(
+            fingerprint=mark,
+            base=Source(name=public_name(source), fingerprint=mark, revision=revision(source)),
+            versions=versions(),
+            git_commit=git_commit(),
+        )
+        record.write(folder)
+    return record
