@@ -21,7 +21,7 @@ def add_delta(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """weight (out, in) + Δ, computed in float64 and rounded once to the weight's dtype. Raises ShapeError."""
     _check(a, b)
     if weight.shape != (b.shape[0], a.shape[1]):
-        raise ShapeError(f"update is {b.shape[0]}×{a.shape[1]}, weight is {tuple(weight.shape)}; is this the right tensor?")
+        raise ShapeError(f"update is {b.shape[0]}×{a.shape[1]}, weight is {tuple(weight.shape)}; expected one shape")
     total = torch.addmm(weight.double(), b.double() * scale, a.double())
     return round_once(total, weight.dtype)
 
@@ -52,7 +52,7 @@ def inner(a1: Tensor, b1: Tensor, s1: float, a2: Tensor, b2: Tensor, s2: float) 
         )
     left = b1.double().T @ b2.double()
     right = a1.double() @ a2.double().T
-    return s1 * s2 * float((left * right).sum())
+    return s1 * s2 * float((left * right).sum().item())
 
 
 def delta_norm(a: Tensor, b: Tensor, scale: float) -> float:
@@ -63,6 +63,4 @@ def delta_norm(a: Tensor, b: Tensor, scale: float) -> float:
 
 def _check(a: Tensor, b: Tensor) -> None:
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-        raise ShapeError(
-            f"lora_A is {tuple(a.shape)} and lora_B is {tuple(b.shape)}, expected (r, in) and (out, r); was the patch saved whole?"
-        )
+        raise ShapeError(f"lora_A is {tuple(a.shape)} and lora_B is {tuple(b.shape)}, expected (r, in) and (out, r)")

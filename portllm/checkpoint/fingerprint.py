@@ -54,6 +54,12 @@ def combine(tensors: Mapping[TensorEntry, str]) -> str:
     return total.hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a whole file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def cached(shard: Header) -> dict[str, str] | None:
     """Digests of a file's tensors as the cache knows them, or None when it does not know this very file."""
     try:

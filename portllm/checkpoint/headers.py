@@ -61,7 +61,9 @@ def read_header(path: Path) -> Header:
             length = _length(file.read(8), size, path)
             text = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
     tree = _json(text, path)
     metadata = _metadata(tree.pop("__metadata__", {}), path)
     start = 8 + length

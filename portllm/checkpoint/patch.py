@@ -139,7 +139,9 @@ def _pattern(patterns: Mapping[str, Any], module: str) -> str:
             if re.match(rf"(.*\.)?({key})$", module):
                 return key
         except re.error as error:
-            raise PatchError(f"{CONFIG}: pattern {key!r} is not a regular expression ({error}); mend the config") from error
+            raise PatchError(
+                f"{CONFIG}: pattern {key!r} is not a regular expression ({error}); mend the config"
+            ) from error
     return module
 
 
@@ -161,12 +163,11 @@ def _weights(path: Path) -> Path:
         raise PatchError(f"{path}: has no {WEIGHTS}; expected a directory written by PEFT's save_pretrained")
     code = (
         "import sys, torch; from safetensors.torch import save_file; "
-        "save_file({k: v.contiguous() for k, v in torch.load(sys.argv[1], weights_only=True, map_location='cpu').items()}, sys.argv[2])"
+        "tensors = torch.load(sys.argv[1], weights_only=True, map_location='cpu'); "
+        "save_file({k: v.contiguous() for k, v in tensors.items()}, sys.argv[2])"
     )
-    source, target = shlex.quote(str(path / pickles[0])), shlex.quote(str(path / WEIGHTS))
-    raise UnsafeFileError(
-        f"{path / pickles[0]}: is a pickle file, expected {WEIGHTS}; convert it with: python -c {shlex.quote(code)} {source} {target}"
-    )
+    command = shlex.join(["python", "-c", code, str(path / pickles[0]), str(path / WEIGHTS)])
+    raise UnsafeFileError(f"{path / pickles[0]}: is a pickle file, expected {WEIGHTS}; convert it with: {command}")
 
 
 def _refuse_features(config: Mapping[str, Any], path: Path) -> None:
@@ -224,7 +225,7 @@ def _foreign(name: str, path: Path) -> PatchError:
                 f"{path}: tensor {name} belongs to {feature}, which portllm does not port yet; expected plain LoRA"
             )
     return UnmatchedModulesError(
-        f"{path}: tensor {name} is not one PEFT writes for LoRA; expected {PREFIX}<module>.lora_A.weight or lora_B.weight"
+        f"{path}: tensor {name} is not PEFT's LoRA; expected {PREFIX}<module>.lora_A.weight or lora_B.weight"
     )
 
 

@@ -88,7 +88,9 @@ def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
     import torch
 
     if entry.dtype not in TORCH_DTYPES:
-        raise CheckpointError(f"{path}: tensor {entry.name} has dtype {entry.dtype}, which portllm does not compute with")
+        raise CheckpointError(
+            f"{path}: tensor {entry.name} has dtype {entry.dtype}, which portllm does not compute with"
+        )
     dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=dtype)
@@ -112,7 +114,9 @@ def shard_names(path: Path) -> list[str]:
     """File names of the safetensors that make up the checkpoint, sorted. Raises CheckpointError, UnsafeFileError."""
     single, index = (path / SINGLE).is_file(), (path / INDEX).is_file()
     if single and index:
-        raise CheckpointError(f"{path}: has both {SINGLE} and {INDEX}, which contradict each other; remove the stale one")
+        raise CheckpointError(
+            f"{path}: has both {SINGLE} and {INDEX}, which contradict each other; remove the stale one"
+        )
     if single:
         return [SINGLE]
     if index:
@@ -123,7 +127,7 @@ def shard_names(path: Path) -> list[str]:
             "import sys; from transformers import AutoModelForCausalLM as M; "
             "M.from_pretrained(sys.argv[1], dtype='auto').save_pretrained(sys.argv[2])"
         )
-        command = f"python -c {shlex.quote(code)} {shlex.quote(str(path))} NEW_DIR"
+        command = shlex.join(["python", "-c", code, str(path), "NEW_DIR"])
         raise UnsafeFileError(f"{path / pickles[0]}: is a pickle file, expected {SINGLE}; convert it with: {command}")
     raise CheckpointError(f"{path}: has neither {SINGLE} nor {INDEX}; is this a model directory?")
 
@@ -151,7 +155,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     for name in set(weight_map.values()):
         if name != Path(name).name or name in (".", "..") or not name.endswith(".safetensors"):
             raise UnsafeFileError(
-                f"{path / INDEX}: names the file {name!r}, expected a safetensors file beside it; do not use this checkpoint"
+                f"{path / INDEX}: names the file {name!r}, expected a safetensors file beside it; do not trust it"
             )
     return weight_map
 
@@ -164,7 +168,9 @@ def _check_index(path: Path, where: Mapping[str, Header]) -> None:
         if name not in where or where[name].path.name != file:
             raise CheckpointError(f"{path / INDEX}: tensor {name} is not in {file}; fetch the checkpoint again")
     if extra := sorted(set(where) - set(weight_map)):
-        raise CheckpointError(f"{path / INDEX}: does not name {extra[0]}, which its shards hold; fetch the checkpoint again")
+        raise CheckpointError(
+            f"{path / INDEX}: does not name {extra[0]}, which its shards hold; fetch the checkpoint again"
+        )
 
 
 def _kind(path: Path) -> str:
