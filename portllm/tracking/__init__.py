@@ -9,14 +9,15 @@ done by a child process (`python -m portllm.tracking`) that is fed JSON lines wh
     store.py      the child's MLflow client: the store, the experiment, the invocation's parent run
     registry.py   the model registry: one loadable version per accepted ported model
     generator.py  what a registered version runs when it is loaded (models-from-code: no pickle)
-    lineage.py    from a registered version back to the data and the commit; from a base to all made from it
+    ancestry.py   from a registered version back to the data and the commit; from a base to all made from it
 
 A run names the fingerprints it read and wrote as tags, which is all that lineage needs.
 """
 
 from __future__ import annotations
 
-from portllm.tracking.messages import Artifact, Dataset
+from portllm.tracking.ancestry import Step, descendants, lineage
+from portllm.tracking.messages import Artifact, Candidate, Dataset, Registered
 from portllm.tracking.tracker import Tracker, track
 
-__all__ = ["Artifact", "Dataset", "Tracker", "track"]
+__all__ = ["Artifact", "Candidate", "Dataset", "Registered", "Step", "Tracker", "descendants", "lineage", "track"]

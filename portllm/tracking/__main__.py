@@ -6,6 +6,7 @@ was not closed is marked KILLED, so that nothing stays RUNNING for ever.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import select
@@ -15,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portllm.tracking import store
-from portllm.tracking.messages import Message, flatten, in_alphabet, one_line
+from portllm.tracking import ancestry, registry, store
+from portllm.tracking.messages import Message, Registered, flatten, in_alphabet, one_line, portions
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 # MLflow's limits for one request
 _METRICS_PER_BATCH = 1000
 _PARAMS_AND_TAGS_PER_BATCH = 100
-# tags hold 8000 characters: about 55 artifacts of ours
-_ARTIFACTS_PER_TAG = 40
 # how often curves are sent while the stage runs
 _FLUSH_SECONDS = 1.0
 
@@ -95,6 +94,7 @@ class Run:
     def __init__(self, start: Message) -> None:
         self._root = Path.cwd()
         self._curves: list[tuple[str, float, int, int]] = []
+        self._registered: list[Registered] = []
         # asked first: the stage may end, and with it the way up to DVC, while MLflow is being imported
         group = store.invocation()
         self._client: MlflowClient = store.connect(self._root)
@@ -108,7 +108,8 @@ class Run:
             "mlflow.source.name": f"portllm {start['stage']}",
             "mlflow.source.type": "LOCAL",
             "portllm.stage": start["stage"],
-            **store.git_tags(self._root),
+            # where the stage runs: for an experiment of DVC that may be a copy of the project, at another commit
+            **store.git_tags(Path(start["folder"])),
         }
         if self._parent:
             tags["mlflow.parentRunId"] = self._parent
@@ -123,6 +124,9 @@ class Run:
             self._add_metrics(message["values"], message["time_ms"], message["step"])
         elif message["op"] == "result":
             self._add_result(message)
+        elif message["op"] == "register":
+            self.flush()
+            self._registered += registry.register(self._client, self._id, message["candidates"])
 
     def _add_metrics(self, values: dict[str, float], time_ms: int, step: int) -> None:
         self._curves += [(in_alphabet(key), value, time_ms, step) for key, value in values.items()]
@@ -130,7 +134,7 @@ class Run:
     def _add_result(self, result: Message) -> None:
         self._add_metrics(result["metrics"], result["time_ms"], 0)
         tags = {key: str(value) for key, value in result["tags"].items()}
-        self.flush(tags={**tags, **lineage_tags("read", result["reads"]), **lineage_tags("write", result["writes"])})
+        self.flush(tags={**tags, **ancestry.tags("read", result["reads"]), **ancestry.tags("write", result["writes"])})
         self._add_datasets(result["datasets"])
         for path in map(Path, result["artifacts"]):
             if path.is_dir():
@@ -171,7 +175,7 @@ class Run:
         self._client.set_terminated(self._id, status, time_ms)
         if self._parent:
             store.close_parent(self._client, self._parent, status)
-        return {"run_id": self._id}
+        return {"run_id": self._id, "registered": [dataclasses.asdict(one) for one in self._registered]}
 
     def abandon(self) -> None:
         """Recording failed: leave no run that seems to be at work, where the store still answers."""
@@ -179,19 +183,6 @@ class Run:
             self._client.set_terminated(self._id, "KILLED")
         except Exception as error:
             sys.stderr.write(f"{one_line(error)}\n")
-
-
-def lineage_tags(direction: str, artifacts: Sequence[dict[str, str]]) -> dict[str, str]:
-    """Per fingerprint a tag one can search for, and the whole list as JSON in as many tags as it takes."""
-    tags = {f"portllm.{direction}.{one['fingerprint'][:16]}": one["name"] for one in artifacts}
-    for number, part in enumerate(portions(list(artifacts), _ARTIFACTS_PER_TAG), start=1):
-        tags[f"portllm.{direction}s" + (f".{number}" if number > 1 else "")] = json.dumps(part)
-    return tags
-
-
-def portions(items: list[Any], size: int) -> list[list[Any]]:
-    """`items` in lists of at most `size`."""
-    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 if __name__ == "__main__":

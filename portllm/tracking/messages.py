@@ -41,6 +41,35 @@ class Dataset:
     context: Literal["training", "evaluation"] = "training"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A ported checkpoint that passed its gate, to become a version of the registered model `name`.
+
+    `base`, `patch` and `ported` are fingerprints; `metrics` hold what the gate compared.
+    """
+
+    name: str
+    checkpoint: Path
+    release: str
+    task: str
+    ported: str
+    base: str | None = None
+    patch: str | None = None
+    metrics: Mapping[str, float]
+    alias: str | None = None
+    description: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered:
+    """A version in the registry; `created` is false where this fingerprint had been registered before."""
+
+    name: str
+    version: str
+    created: bool
+    aliases: Sequence[str]
+
+
 def plain(value: Any, root: Path) -> Any:
     """`value` as JSON knows it: dataclasses, mappings and sequences taken apart, every text cleaned."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -81,6 +110,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def in_alphabet(key: str) -> str:
     """A metric's or parameter's name as MLflow accepts it: lm-eval's `acc,none` is `acc`, its other commas are dots."""
     return _NOT_IN_KEYS.sub("_", key.removesuffix(",none").replace(",", "."))
+
+
+def portions(items: Sequence[Any], size: int) -> list[list[Any]]:
+    """`items` in lists of at most `size`."""
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def one_line(error: BaseException | str) -> str:

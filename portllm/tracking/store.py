@@ -32,15 +32,9 @@ class Invocation:
     name: str
 
 
-def store_root(root: Path) -> Path:
-    """Where mlflow.db stands: the project, also while DVC runs an experiment in a temporary copy of it."""
-    original = os.environ.get("DVC_ROOT", "")
-    return Path(original) if "DVC_EXP_NAME" in os.environ and os.path.isdir(original) else root
-
-
 def tracking_uri(root: Path) -> str:
     """MLFLOW_TRACKING_URI, or the SQLite store of the project at `root`."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store_root(root).resolve() / DATABASE}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / DATABASE}"
 
 
 def connect(root: Path) -> MlflowClient:
@@ -59,7 +53,7 @@ def experiment_id(client: MlflowClient, root: Path) -> str:
     """The id of the experiment named by MLFLOW_EXPERIMENT_NAME, else `portllm`; made when absent."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
     local = "MLFLOW_TRACKING_URI" not in os.environ
-    location = str(store_root(root).resolve() / ARTIFACTS) if local else None
+    location = str(root.resolve() / ARTIFACTS) if local else None
     with _locked(f"{tracking_uri(root)} {name}"):
         found = client.get_experiment_by_name(name)
         if found is None:
@@ -103,12 +97,12 @@ def close_parent(client: MlflowClient, run_id: str, status: str) -> None:
     client.set_terminated(run_id, "FAILED" if known == "FAILED" or status != "FINISHED" else "FINISHED")
 
 
-def git_tags(root: Path) -> dict[str, str]:
+def git_tags(folder: Path) -> dict[str, str]:
     """The commit the stage ran at, and whether tracked files had been changed since; empty outside git."""
-    commit = _git(root, "rev-parse", "HEAD")
+    commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
         return {}
-    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
     return {"mlflow.source.git.commit": commit, "portllm.git.dirty": "true" if changed else "false"}
 
 
@@ -121,11 +115,13 @@ def _dvc_command(command: list[str]) -> str | None:
     return " ".join(words[:2] if words[:1] == ["exp"] else words[:1])
 
 
-def _git(root: Path, *arguments: str) -> str:
+def _git(folder: Path, *arguments: str) -> str:
     # no optional locks: DVC may be at work in the same repository
     command = ["git", "--no-optional-locks", *arguments]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
     return ""
 
 

@@ -15,12 +15,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from portllm.tracking.messages import Artifact, Dataset, one_line, plain
+from portllm.errors import TrackingError
+from portllm.tracking.messages import Artifact, Candidate, Dataset, Registered, one_line, plain
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 # after an error or Ctrl-C the user waits for the prompt, not for the tracker
 _WAIT_AFTER_ERROR_SECONDS = 10.0
+# registering copies whole checkpoints
+_WAIT_FOR_REGISTRY_SECONDS = 3600.0
 
 _CHILD_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -37,6 +40,8 @@ class Tracker:
     def __init__(self, recorder: Recorder | None, root: Path) -> None:
         self._recorder = recorder
         self._root = root
+        self.registering = False
+        self.registered: tuple[Registered, ...] = ()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One point of each curve in `values`, seen in MLflow while the stage still runs."""
@@ -64,6 +69,32 @@ class Tracker:
             time_ms=int(time.time() * 1000),
         )
 
+    def register(self, candidates: Sequence[Candidate]) -> None:
+        """Make each candidate a version of its registered model; `registered` names them once the run has ended.
+
+        Unlike all else here this is asked for by the user, so a registry that refuses is an error.
+        Raises TrackingError at once when nothing is being recorded, else when the run ends.
+        """
+        if self._recorder is None:
+            raise TrackingError("registering needs MLflow, and tracking is off or could not start; call with --track")
+        self.registering = True
+        told = [{**plain(one, self._root), "checkpoint": self._reachable(one.checkpoint)} for one in candidates]
+        self._send("register", candidates=told)
+
+    def ended(self, reply: Mapping[str, Any], warn: Callable[[str], object]) -> None:
+        """Take the recorder's last word. Raises TrackingError where candidates were not registered."""
+        error = reply.get("error")
+        if error and self.registering:
+            raise TrackingError(f"not registered in MLflow: {error}; the decisions are on disk, run register again")
+        if error:
+            warn(f"Warning: the run was not recorded in MLflow ({error}); results are on disk")
+        self.registered = tuple(Registered(**one) for one in reply.get("registered", ()))
+
+    def _reachable(self, path: Path) -> str:
+        # MLflow writes this path down: relative to the recorder's directory where that is possible
+        whole = path.resolve()
+        return str(whole.relative_to(self._root) if whole.is_relative_to(self._root) else whole)
+
     def _send(self, op: str, **fields: Any) -> None:
         if self._recorder is not None:
             self._recorder.send(op, **fields)
@@ -85,21 +116,20 @@ def track(
     `root` is the project's root: names and params are made relative to it, and mlflow.db stands in it
     unless MLFLOW_TRACKING_URI says otherwise. When recording fails, `warn` is told once, in one line.
     """
-    root = root.resolve()
-    recorder = _start(stage, name=name, params=params, root=root, warn=warn or _to_stderr) if enabled else None
+    root, warn = root.resolve(), warn or _to_stderr
+    recorder = _start(stage, name=name, params=params, root=root, warn=warn) if enabled else None
+    tracker = Tracker(recorder, root)
     status: Status = "KILLED"
     try:
-        yield Tracker(recorder, root)
+        yield tracker
         status = "FINISHED"
     except Exception:
         status = "FAILED"
         raise
     finally:
         if recorder is not None:
-            wait = wait_seconds if status == "FINISHED" else min(wait_seconds, _WAIT_AFTER_ERROR_SECONDS)
-            reply = recorder.close(status, wait_seconds=wait)
-            if error := reply.get("error"):
-                (warn or _to_stderr)(f"Warning: the run was not recorded in MLflow ({error}); results are on disk")
+            reply = recorder.close(status, wait_seconds=_patience(status, wait_seconds, tracker.registering))
+            tracker.ended(reply, warn)
 
 
 class Recorder:
@@ -169,10 +199,15 @@ def _start(
     except OSError as error:
         warn(f"Warning: the run will not be recorded in MLflow ({one_line(error)})")
         return None
-    recorder.send(
-        "start", stage=stage, name=plain(name, root), params=plain(params, root), time_ms=int(time.time() * 1000)
-    )
+    told = {"stage": stage, "name": plain(name, root), "params": plain(params, root), "folder": str(Path.cwd())}
+    recorder.send("start", **told, time_ms=int(time.time() * 1000))
     return recorder
+
+
+def _patience(status: Status, wait_seconds: float, registering: bool) -> float:
+    if status != "FINISHED":
+        return min(wait_seconds, _WAIT_AFTER_ERROR_SECONDS)
+    return max(wait_seconds, _WAIT_FOR_REGISTRY_SECONDS) if registering else wait_seconds
 
 
 def _child_environment() -> dict[str, str]:

@@ -1,0 +1,45 @@
+"""What a registered version runs once it is loaded: prompts in, generated text out.
+
+MLflow keeps a copy of this file with each version (models-from-code, so nothing is pickled). It
+therefore stands alone: it needs mlflow, torch and transformers, and not portllm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlflow.models import set_model  # noqa: TID253 - MLflow runs this file; portllm never imports it
+from mlflow.pyfunc import PythonModel  # noqa: TID253
+
+
+class Generator(PythonModel):  # type: ignore[misc]
+    """A causal language model that continues each prompt greedily."""
+
+    def load_context(self, context: Any) -> None:
+        """Load the checkpoint that was registered, and its tokenizer.
+
+        `max_new_tokens` is set when loading: `load_model(uri, model_config={"max_new_tokens": 64})`.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = context.artifacts["checkpoint"]
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    def predict(self, context: Any, model_input: list[str]) -> list[str]:
+        """The text that follows each prompt, chosen greedily."""
+        import torch
+
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        batch = self.tokenizer(list(model_input), return_tensors="pt", padding=True, return_token_type_ids=False)
+        limit = int(context.model_config["max_new_tokens"])
+        with torch.inference_mode():
+            whole = self.model.generate(
+                **batch, max_new_tokens=limit, do_sample=False, pad_token_id=self.tokenizer.pad_token_id
+            )
+        start = batch["input_ids"].shape[1]
+        return [str(text) for text in self.tokenizer.batch_decode(whole[:, start:], skip_special_tokens=True)]
+
+
+set_model(Generator())
