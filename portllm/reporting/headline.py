@@ -1,0 +1,123 @@
+"""The paragraph at the top, computed from the numbers: it says the opposite when they do."""
+
+from __future__ import annotations
+
+from portllm.reporting.arms import WITHIN
+from portllm.reporting.findings import Average, Findings, total_seconds
+from portllm.reporting.formats import listing, percent, percent_sign, points, seconds, times
+from portllm.reporting.knowledge import share_kept
+
+# what share of re-tuning's gain a port must keep to be called a success, and to be called a partial one
+CARRIED, PARTLY = 0.9, 0.5
+
+
+def paragraph(findings: Findings) -> str:
+    """Verdict, scores per release, failures, knowledge, control and cost, in plain sentences."""
+    said = [verdict(findings)]
+    for release in findings.releases[1:]:
+        said += _release(findings, findings.average(release))
+    said += [_unknown(findings), _control(findings), _cost(findings)]
+    return " ".join(sentence for sentence in said if sentence)
+
+
+def verdict(findings: Findings) -> str:
+    """One sentence: did the patches carry, judged by the mean recovery of each later release."""
+    later = [findings.average(release) for release in findings.releases[1:]]
+    if not later:
+        return "There is only one release, so nothing could be ported yet."
+    known = [average.recovery for average in later if average.recovery is not None]
+    if not known:
+        return _without_reference(later)
+    worst, best = min(known), max(known)
+    where = "on every release" if len(later) > 1 and len(known) == len(later) else f"on {later[0].release}"
+    if worst >= CARRIED:
+        least = percent_sign(CARRIED, 0)
+        return f"The old patches carried over without training: they kept at least {least} of re-tuning's gain {where}."
+    if worst >= PARTLY:
+        return f"The old patches carried over in part: they kept {_range(worst, best)} of re-tuning's gain."
+    if best >= PARTLY:
+        return f"The old patches carried over to some releases only, with {_range(worst, best)} of re-tuning's gain."
+    return f"The old patches did not carry over: they kept {_range(worst, best)} of re-tuning's gain."
+
+
+def _range(worst: float, best: float) -> str:
+    low, high = percent_sign(worst, 0), percent_sign(best, 0)
+    return low if low == high else f"{low} to {high}"
+
+
+def _without_reference(later: list[Average]) -> str:
+    gains = [a.ported - a.base for a in later if a.ported is not None and a.base is not None]
+    if not gains:
+        return "No patch was ported onto a later release, so nothing can be said about porting."
+    if min(gains) > 0:
+        return "The ported patches are above the bare release; there is no re-tuned patch to compare them with."
+    return "The ported patches are not above the bare release everywhere; there is no re-tuned patch to compare with."
+
+
+def _release(findings: Findings, average: Average) -> list[str]:
+    if average.ported is None:
+        return [f"On {average.release} no patch was ported."]
+    scores = f"On {average.release} the ported patches score {percent_sign(average.ported)} on average"
+    if average.retuned is not None:
+        scores += f" against {percent_sign(average.retuned)} re-tuned"
+        scores += f" and {percent_sign(average.base)} for the bare release"
+        close, near = sum(c.within is True for c in average.cells), percent(WITHIN, 0)
+        scores += f"; {close} of {len(average.cells)} tasks are within {near} points of re-tuning"
+    else:
+        scores += f" against {percent_sign(average.base)} for the bare release"
+    if average.negative_flips is not None:
+        scores += f"; {percent_sign(average.negative_flips)} of the examples flipped from right to wrong"
+    return [scores + ".", _failures(average), _knowledge(findings, average.release)]
+
+
+def _failures(average: Average) -> str:
+    """The tasks that fell short, and those below the bare release; empty when none did."""
+    short = [
+        f"{c.task} ({points(c.scores['ported'].value - c.scores['retuned'].value)} points)"
+        for c in average.cells
+        if c.within is False
+    ]
+    below = [c.task for c in average.cells if c.scores["ported"].value < c.scores["base"].value]
+    said = [f"It fell short of re-tuning on {listing(short)}."] if short else []
+    if below:
+        said.append(f"On {listing(below)} the ported patch is below the bare release: do not use it there.")
+    return " ".join(said)
+
+
+def _knowledge(findings: Findings, release: str) -> str:
+    kept = share_kept(findings.knowledge, release, "ported")
+    old = share_kept(findings.knowledge, release, "old")
+    if kept is None:
+        return ""
+    said = f"The ported models keep {percent_sign(kept)} of what {release} newly knows"
+    return said + (f", the old tuned models know {percent_sign(old)} of it." if old is not None else ".")
+
+
+def _unknown(findings: Findings) -> str:
+    if not findings.unknown_tasks:
+        return ""
+    names = listing(findings.unknown_tasks)
+    below = percent_sign(findings.probe_threshold, 0)
+    return f"The base knows too little of what {names} asks about (probe below {below}): read those rows with care."
+
+
+def _control(findings: Findings) -> str:
+    if not findings.controls:
+        return f"The control (a patch ported onto {findings.first}, its own base) was not measured."
+    wrong = [f"{c.task} ({c.differing} of {c.pairs} answers differ)" for c in findings.controls if c.differing]
+    if wrong:
+        return (
+            f"The control FAILS: on their own base {findings.first}, ported patches answer otherwise: {listing(wrong)}."
+        )
+    return f"The control holds: ported onto their own base {findings.first}, all patches answer exactly as before."
+
+
+def _cost(findings: Findings) -> str:
+    totals = total_seconds(findings.costs)
+    if totals is None:
+        return ""
+    port, retune = totals
+    if min(totals) <= 0:
+        return f"Porting took {seconds(port)} in all, re-tuning {seconds(retune)}."
+    pace = f"{times(retune / port)} faster" if retune >= port else f"{times(port / retune)} slower"
+    return f"Porting took {seconds(port)} in all where re-tuning took {seconds(retune)}: {pace}, with no training data."

@@ -1,0 +1,102 @@
+"""Drift as a heat map: layers down, kinds of module across, one panel per pair of releases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from portllm.reporting import canvas
+from portllm.reporting.formats import percent_sign
+from portllm.reporting.weights import Drift
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CELL_HEIGHT, WIDTH = 0.27, 7.2
+OUTSIDE = "outside layers"
+
+
+def heat_map(drifts: Sequence[Drift]) -> Figure:
+    """Every comparison as labelled cells on one colour scale; modules outside the layers in a row of their own."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    values = [m.drift_ratio for d in drifts for m in d.modules if m.drift_ratio is not None]
+    scale = ScalarMappable(norm=Normalize(0, 100 * max(values, default=1.0) or 1.0), cmap="cividis")
+    heights = [2 * 0.42 + 1.05 + CELL_HEIGHT * len(_layers(d)) for d in drifts]
+    figure = canvas.new(WIDTH, sum(heights))
+    panels: Any = figure.subplots(2 * len(drifts), 1, squeeze=False, height_ratios=_ratios(drifts))
+    for i, drift in enumerate(drifts):
+        _layered(panels[2 * i][0], drift, scale)
+        _outside(panels[2 * i + 1][0], drift, scale)
+    bar = figure.colorbar(scale, ax=list(panels.flat), shrink=min(1.0, 2.5 / sum(heights)), aspect=18, pad=0.02)
+    bar.set_label("drift (%)")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _ratios(drifts: Sequence[Drift]) -> list[float]:
+    return [float(n) for d in drifts for n in (max(1, len(_layers(d))), 1)]
+
+
+def _layers(drift: Drift) -> list[int]:
+    return sorted({m.layer for m in drift.modules if m.layer is not None})
+
+
+def _layered(axes: Axes, drift: Drift, scale: Any) -> None:
+    layers = _layers(drift)
+    kinds = list(dict.fromkeys(m.kind for m in drift.modules if m.layer is not None))
+    kinds.sort(key=lambda kind: (kind.endswith("norm"), "mlp" in kind, 0))
+    values = {(m.layer, m.kind): m.drift_ratio for m in drift.modules}
+    grid = [[values.get((layer, kind)) for kind in kinds] for layer in layers]
+    _cells(axes, grid, scale)
+    axes.set_title(f"{drift.release} against {drift.against}: {percent_sign(drift.overall, 2)} in all")
+    axes.set_xticks([x + 0.5 for x in range(len(kinds))], [_broken(kind) for kind in kinds])
+    axes.set_yticks([y + 0.5 for y in range(len(layers))], [f"layer {n}" for n in layers])
+
+
+def _outside(axes: Axes, drift: Drift, scale: Any) -> None:
+    modules = [m for m in drift.modules if m.layer is None]
+    _cells(axes, [[m.drift_ratio for m in modules]], scale)
+    axes.set_xticks([x + 0.5 for x in range(len(modules))], [m.kind.rpartition(".")[2] for m in modules])
+    axes.set_yticks([0.5], [OUTSIDE])
+
+
+def _cells(axes: Axes, grid: list[list[float | None]], scale: Any) -> None:
+    """A cell per value with the value in it; unknown ones are left empty."""
+    columns = max((len(row) for row in grid), default=0)
+    for y, row in enumerate(grid):
+        for x, value in enumerate(row):
+            if value is not None:
+                _cell(axes, x, y, 100 * value, scale, columns)
+    axes.set_xlim(0, max(1, columns))
+    axes.set_ylim(max(1, len(grid)), 0)
+    axes.tick_params(labelsize=7.5 if columns > 6 else 8.5, pad=3)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _cell(axes: Axes, x: int, y: int, value: float, scale: Any, columns: int) -> None:
+    from matplotlib.patches import Rectangle
+
+    colour = scale.to_rgba(value)
+    axes.add_patch(Rectangle((x + 0.02, y + 0.04), 0.96, 0.92, facecolor=colour, edgecolor="none"))
+    luminance = 0.2126 * colour[0] + 0.7152 * colour[1] + 0.0722 * colour[2]
+    axes.text(
+        x + 0.5, y + 0.52, _short(value), ha="center", va="center", fontsize=7.5 if columns > 6 else 8.5,
+        color="#101010" if luminance > 0.42 else "#ffffff",
+    )  # fmt: skip
+
+
+def _short(value: float) -> str:
+    if value == 0:
+        return "0"
+    digits = max(0, min(3, 1 - math.floor(math.log10(value))))
+    return f"{value:.{digits}f}"
+
+
+def _broken(kind: str) -> str:
+    """A long name over several lines."""
+    return kind.replace("_layernorm", "\nlayernorm").replace("_attention\n", "\nattention\n").replace("_proj", "\nproj")
