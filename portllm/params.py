@@ -147,12 +147,13 @@ class PortParams:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateParams:
-    """LM Evaluation Harness settings; `limit` 0 means every row."""
+    """LM Evaluation Harness settings; `limit` 0: every row; `threads` 0: as many as torch takes."""
 
     seed: int = 1234
     num_fewshot: int = 0
     batch_size: int = 64
     limit: int = 0
+    threads: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

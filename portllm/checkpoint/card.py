@@ -1,10 +1,11 @@
-"""The model card of a ported directory, in the hub's format (YAML front matter, then Markdown)."""
+"""The model cards of patches and ported directories, in the hub's format (YAML front matter, then Markdown)."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
-from portllm.checkpoint.records import PortRecord, Source
+from portllm.checkpoint.records import PatchRecord, PortRecord, Source
 
 
 def port_card(record: PortRecord) -> str:
@@ -16,8 +17,34 @@ def port_card(record: PortRecord) -> str:
         "library_name": "transformers" if merged else "peft",
         "tags": ["portllm", "lora"],
     }
-    lines = ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()), "---", ""]
-    return "\n".join(lines + _body(record, merged)) + "\n"
+    return "\n".join(_front(front) + _body(record, merged)) + "\n"
+
+
+def patch_card(record: PatchRecord) -> str:
+    """README.md of a patch just trained: its base, its data and how to move it to the next release."""
+    front = {"base_model": [record.base.name], "library_name": "peft", "tags": ["portllm", "lora"]}
+    rows = record.metrics.get("rows", 0)
+    lines = [
+        *_front(front),
+        f"# {record.task} on {record.base.name}",
+        "",
+        f"A LoRA patch trained on {rows:.0f} rows of {record.task}; the loss covered the answers only.",
+        "",
+        "| what | fingerprint |",
+        "|---|---|",
+        f"| the base, {record.base.name} | {record.base.fingerprint} |",
+        f"| the patch | {record.fingerprint} |",
+        *(f"| the data, {name} | {digest} |" for name, digest in record.data.items()),
+        "",
+        "Parameters and package versions are in patch.json. To put the patch onto the next release of its base:",
+        "",
+        "    portllm port PATCH --onto NEW_BASE --out PORTED",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _front(front: dict[str, Any]) -> list[str]:
+    return ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()), "---", ""]
 
 
 def _body(record: PortRecord, merged: bool) -> list[str]:

@@ -260,7 +260,7 @@ def port(
 
 @main.command()
 @click.argument("model")
-@click.option("--tasks", required=True, type=COMMA_LIST, help="Task names, parted by commas (see `portllm tasks`).")
+@click.option("--tasks", type=COMMA_LIST, help="Task names, parted by commas [default: `tasks` of --params].")
 @click.option(
     "--patch", "patches", multiple=True, type=DIRECTORY, help="A patch or ported model, or a directory of them."
 )
@@ -271,13 +271,15 @@ def port(
     "--data", type=DIRECTORY, default=Path("data"), show_default=True, help="Directory of DATA/<task>/<split>.parquet."
 )
 @click.option("--out", type=DIRECTORY, required=True, help="JSON file to write.")
+@click.option("--news", type=DIRECTORY, help="A release's corpus: are its facts known, is its text expected?")
 @click.option("--samples", type=DIRECTORY, help="Parquet file to write each example's answer to.")
 @TRUST
 @of_section("evaluate", params.EvaluateParams)
 @common
 def evaluate(
     model: str,
-    tasks: list[str],
+    tasks: list[str] | None,
+    news: Path | None,
     patches: tuple[Path, ...],
     before: tuple[Path, ...],
     data: Path,
@@ -298,11 +300,13 @@ def evaluate(
     from portllm.lm.hub import resolve
     from portllm.verbs import evaluate as verb
 
-    section = apply(params.load(opts.params_file).evaluate, flags, where="evaluate")
+    whole = params.load(opts.params_file)
+    section = apply(whole.evaluate, flags, where="evaluate")
     with stage("evaluate", name=f"evaluate {out.stem}", section=section, opts=opts) as running:
         result = verb.run(
-            model=resolve(model), tasks=tasks, patches=patches, before=before, data=data, out=out, samples=samples,
-            params=section, trust_remote_code=trust_remote_code, on_progress=running.progress,
+            model=resolve(model), tasks=tasks or whole.tasks, patches=patches, before=before, data=data, news=news,
+            out=out, samples=samples,
+            params=section, trust_remote_code=trust_remote_code, on_progress=running.part,
         )  # fmt: skip
         running.cost.update(release=out.stem)
         running.finish(**of_evaluation(result, out))

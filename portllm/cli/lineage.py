@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from portllm.checkpoint.provenance import digests, public_name
 from portllm.checkpoint.records import DatasetRecord, PatchRecord, PortRecord, ReleaseRecord, Source
 from portllm.tracking import Artifact, Dataset
-from portllm.verbs.evaluate import Evaluation
-from portllm.verbs.report import ReportRecord
+
+if TYPE_CHECKING:
+    from portllm.verbs.evaluate import Evaluation
+    from portllm.verbs.report import ReportRecord
 
 Told = dict[str, Any]
 

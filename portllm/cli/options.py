@@ -56,7 +56,7 @@ def _leaves(kind: type[Any], prefix: tuple[str, ...]) -> Iterator[tuple[tuple[st
     for item in dataclasses.fields(kind):
         hint, key = hints[item.name], item.name.rstrip("_")
         if dataclasses.is_dataclass(hint):
-            yield from _leaves(hint, (*prefix, key))  # type: ignore[arg-type]
+            yield from _leaves(hint, (*prefix, key))
         elif get_origin(hint) is not Mapping:
             words = [p for p in (*prefix, key) if p != PLAIN]
             flag = "--" + "-".join(words).replace("_", "-")
@@ -64,7 +64,9 @@ def _leaves(kind: type[Any], prefix: tuple[str, ...]) -> Iterator[tuple[tuple[st
 
 
 def _default(item: dataclasses.Field[Any]) -> Any:
-    made = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+    made = item.default
+    if item.default_factory is not dataclasses.MISSING:
+        made = item.default_factory()
     return ",".join(made) if isinstance(made, tuple) else made
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # DVC names itself to the commands of its stages; without it, a verb was called by hand
 DVC_ROOT = "DVC_ROOT"
 ORPHAN_POLL_SECONDS = 0.5
-PLAIN_STEPS = 10
+PLAIN_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,21 +78,24 @@ class Stage:
         self._settings = settings
         self._tracker = tracker
         self._bar: Any = None
-        self._shown = -1
+        self._shown_at = time.monotonic()
         self.cost: dict[str, Any] = {}
         self.bytes_done = 0
 
     def progress(self, done: int, total: int, note: str = "", *, unit: str = "it") -> None:
-        """Show `done` of `total`: a bar with rate and remaining time on a terminal, a few plain lines otherwise."""
+        """Show `done` of `total`: a bar with rate and remaining time on a terminal, a line now and then otherwise."""
         if self._settings.quiet or total <= 0:
             return
         if sys.stderr.isatty():
             self._advance(done, total, note, unit)
-            return
-        part = PLAIN_STEPS * done // total
-        if part != self._shown:
-            self._shown = part
-            click.echo(f"{self._verb}: {done}/{total} {unit} {note}".rstrip(), err=True)
+        elif time.monotonic() - self._shown_at >= PLAIN_SECONDS:
+            self.part(done, total, note, unit=unit)
+
+    def part(self, done: int, total: int, note: str = "", *, unit: str = "") -> None:
+        """Say in a plain line that `done` of `total` is done, for work that shows bars of its own."""
+        self._shown_at = time.monotonic()
+        if not self._settings.quiet:
+            click.echo(" ".join(f"{self._verb}: {done}/{total} {unit} {note}".split()), err=True)
 
     def bytes(self, done: int, total: int) -> None:
         """`progress`, counted in bytes."""
@@ -127,6 +130,9 @@ def stage(verb: str, *, name: str, section: Any, opts: Common) -> Iterator[Stage
     """Run a verb's body: tracked where asked, timed into the --cost file, stopped when its DVC is gone."""
     from portllm.tracking import track
 
+    if not sys.stderr.isatty():
+        # the libraries' own bars would fill a log file; ours become plain lines
+        os.environ.setdefault("TQDM_DISABLE", "1")
     settings = click.get_current_context().find_object(Settings) or Settings()
     _follow_parent()
     root = Path(os.environ.get(DVC_ROOT, "."))

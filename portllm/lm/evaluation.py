@@ -8,7 +8,6 @@ which gives bit-identical results to loading each on its own.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portllm.errors import EvaluationError
+from portllm.lm.quiet import quieten
 from portllm.params import EvaluateParams
 
 if TYPE_CHECKING:
@@ -53,9 +53,12 @@ class Harness:
         tasks: Mapping[str, Any],
         params: EvaluateParams,
     ) -> None:
+        import torch
         from lm_eval.models.huggingface import HFLM
 
         quieten()
+        if params.threads:
+            torch.set_num_threads(params.threads)
         self._tasks = tasks
         self._params = params
         self._lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=params.batch_size)
@@ -81,9 +84,11 @@ def load_tasks(specs: Sequence[str | Mapping[str, Any]], params: EvaluateParams)
 
     Raises EvaluationError when a name is unknown or its data cannot be had.
     """
+    import datasets
     from lm_eval.tasks import TaskManager
 
     quieten()
+    datasets.disable_progress_bars()
     stock = any(isinstance(spec, str) for spec in specs)
     manager = TaskManager(include_defaults=stock)
     loaded: dict[str, Any] = {}
@@ -92,6 +97,8 @@ def load_tasks(specs: Sequence[str | Mapping[str, Any]], params: EvaluateParams)
         try:
             loaded.update(manager.load([spec if isinstance(spec, str) else dict(spec)])["tasks"])
         except KeyError as error:
+            if not isinstance(spec, str):
+                raise EvaluationError(f"{name}: its task file and its data do not fit: no {error}") from error
             raise EvaluationError(
                 f"{name}: no such task in the LM Evaluation Harness nor in the embedded world; see `portllm tasks`"
             ) from error
@@ -109,7 +116,7 @@ def on_files(config: Mapping[str, Any], files: Mapping[str, Path], *, name: str)
 
     Raises EvaluationError when a file is not there.
     """
-    for split, path in files.items():
+    for path in files.values():
         if not path.is_file():
             raise EvaluationError(f"{name}: {path} is not there; make it with `portllm prepare`, or pass --data DIR")
     sources = {split: str(path.resolve()) for split, path in files.items()}
@@ -145,18 +152,6 @@ def adapted(base: Any, patch: Path) -> Iterator[Any]:
         yield model
     finally:
         model.unload()
-
-
-def quieten() -> None:
-    """Keep the harness's own notes off the terminal; its warnings stay."""
-    for name in ("lm_eval", "lm-eval", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    datasets.disable_progress_bars()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 def main_metric(metrics: Mapping[str, float]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from portllm.lm import training
+from portllm.lm.quiet import quieten
 from portllm.params import TrainParams
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def train(
     """A LoRA on `base` trained on (prompt, answer) pairs, loss on the answers only. Raises DataError."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    quieten()
     tokenizer = AutoTokenizer.from_pretrained(base)
     encoded = training.encode(tokenizer, pairs, params.max_length)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from portllm.errors import DataError
 from portllm.lm import probe, training
+from portllm.lm.quiet import quieten
 from portllm.params import EvolveParams, FetchParams, OptimParams
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def from_scratch(
     """A small Llama pretrained on the texts of `corpus`. Raises DataError."""
     from portllm.lm.llama import new_llama
 
+    quieten()
     model = new_llama(tokenizer, params.architecture, params.seed)
     told = reporter(params.optim, on_metrics, on_progress)
     return _fit(model, tokenizer, corpus, params.block_length, params.optim, params.seed, told)
@@ -71,6 +73,7 @@ def continued(
     """`base` pretrained further on the texts of `corpus`: all weights, or a LoRA that is merged. Raises DataError."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    quieten()
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(base)
     told = reporter(params.optim, on_metrics, on_progress)
@@ -123,6 +126,4 @@ def _fit(
     history = training.fit(model, tokenizer, blocks, optim=optim, seed=seed, on_metrics=told)
     loss = history[-1]["loss"] if history else math.nan
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Release(
-        model, tokenizer, {"loss": loss, "blocks": len(blocks), "trainable_parameters": trainable}
-    )
+    return Release(model, tokenizer, {"loss": loss, "blocks": len(blocks), "trainable_parameters": trainable})

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from portllm.checkpoint import card
+from portllm.checkpoint.card import patch_card
 from portllm.checkpoint.fingerprint import fingerprint
 from portllm.checkpoint.output import staged
 from portllm.checkpoint.provenance import digests, git_commit, public_name, revision, versions
@@ -52,7 +52,7 @@ def run(
             versions=versions("torch", "transformers", "peft"),
             git_commit=git_commit(),
         )
-        card.write(folder, card.of_patch(record))
+        (folder / "README.md").write_text(patch_card(record), encoding="utf-8")
         record.write(folder)
     return record
 

@@ -1,0 +1,67 @@
+"""The verbs as Python calls: paths or hub ids in, records out; what `import portllm` offers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from portllm.checkpoint.records import PortRecord
+from portllm.lm.hub import resolve
+from portllm.params import EvaluateParams, PortParams
+from portllm.verbs import evaluate as evaluate_verb
+from portllm.verbs import fingerprint as fingerprint_verb
+from portllm.verbs import port as port_verb
+
+Name = str | Path
+
+
+def port(
+    patch: Name,
+    *,
+    onto: Name,
+    out: Name,
+    source: Name | None = None,
+    as_: Literal["merged", "adapter"] = "merged",
+    scale: float = 1.0,
+    force: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> PortRecord:
+    """Put `patch` onto the release `onto` and write `out`; `source` is the base it was trained on, if at hand.
+
+    Raises PortllmError (see portllm.errors); then nothing is written.
+    """
+    return port_verb.run(
+        patch=resolve(patch),
+        onto=resolve(onto),
+        out=Path(out),
+        params=PortParams(as_=as_, scale=scale),
+        source=None if source is None else resolve(source),
+        force=force,
+        on_progress=on_progress,
+    )
+
+
+def evaluate(
+    model: Name,
+    *,
+    tasks: Sequence[str],
+    out: Name,
+    patches: Sequence[Name] = (),
+    data: Name = "data",
+    params: EvaluateParams | None = None,
+) -> evaluate_verb.Evaluation:
+    """Score `model` and `patches` over it on `tasks` and write `out` (JSON). Raises PortllmError."""
+    return evaluate_verb.run(
+        model=resolve(model),
+        tasks=tasks,
+        out=Path(out),
+        patches=[resolve(p) for p in patches],
+        data=Path(data),
+        params=params or EvaluateParams(),
+    )
+
+
+def fingerprint(path: Name) -> str:
+    """One hex digest of the tensors of a checkpoint or patch. Raises PortllmError."""
+    return fingerprint_verb.run(path=resolve(path))

@@ -1,0 +1,18 @@
+"""Keep the libraries' own notes and bars off the terminal: ours say what a user needs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def quieten() -> None:
+    """Silence transformers', datasets' and the harness's notes; their errors stay."""
+    from transformers.utils import logging as transformers_logging
+
+    for name in ("lm_eval", "lm-eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # deprecations between transformers and peft are theirs to mend
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|accelerate")
