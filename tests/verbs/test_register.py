@@ -1,0 +1,140 @@
+"""register: the gate is strict, and no score of anything else than these very tensors opens it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from portllm.checkpoint.records import PortRecord, Source
+from portllm.errors import CheckpointError, EvaluationError, ParamsError
+from portllm.params import RegisterParams
+from portllm.verbs import register
+
+BASE = "ba" * 32
+KIND = {"world_boolq": "acc,none", "world_gsm8k": "exact_match,strict-match"}
+
+
+@pytest.fixture
+def release(tmp_path):
+    """Two ported models of v1 and what evaluate wrote about them: boolq gained, gsm8k did not."""
+    scores = {"world_boolq": (0.5, 0.9), "world_gsm8k": (0.25, 0.25)}
+    rows = []
+    for task, (bare, ported) in scores.items():
+        folder = tmp_path / "models/ported/v1" / task
+        folder.mkdir(parents=True)
+        record = PortRecord(
+            base=Source(name="models/releases/v1", fingerprint=BASE),
+            patch=Source(name=f"models/patches/v0/{task}", fingerprint="fa" * 32),
+            task=task,
+            fingerprint=mark(task),
+        )
+        record.write(folder)
+        rows += [row(task, "base", bare), row(task, "ported", ported, patch=task)]
+    # what a patch leaves of the news is no reason to register it
+    rows.append({**row("v1_recall", "ported", 1.0, patch="world_gsm8k"), "metrics": {"acc,none": 1.0}})
+    write(tmp_path, rows)
+    return tmp_path
+
+
+def mark(task: str) -> str:
+    return task.encode().hex().ljust(64, "0")
+
+
+def row(task: str, arm: str, score: float, patch: str | None = None) -> dict:
+    return {
+        "task": task,
+        "patch": f"models/ported/v1/{patch}" if patch else None,
+        "patch_task": patch,
+        "patch_fingerprint": mark(patch) if patch else None,
+        "arm": arm,
+        "metrics": {KIND.get(task, "acc,none"): score, "format,none": 1.0},
+        "samples": 480,
+    }
+
+
+def write(root: Path, rows: list[dict]) -> None:
+    tree = {"schema_version": 1, "release": "v1", "model": {"name": "models/releases/v1", "fingerprint": BASE}}
+    (root / "v1.json").write_text(json.dumps({**tree, "results": rows}))
+
+
+def judge(root: Path, which: str = "", out: Path | None = None, **params) -> register.RegisterRecord:
+    ported = root / "models/ported/v1" / which
+    return register.run(ported=ported, results=root / "v1.json", params=RegisterParams(**params), out=out)
+
+
+def test_only_what_is_above_the_base_arm_is_accepted(release):
+    record = judge(release)
+    assert [(one.task, one.accepted) for one in record.decisions] == [("world_boolq", True), ("world_gsm8k", False)]
+    accepted = record.accepted[0]
+    assert (accepted.name, accepted.fingerprint) == ("portllm-world_boolq", mark("world_boolq"))
+    assert (accepted.metric, accepted.ported_score, accepted.base_score) == ("acc,none", 0.9, 0.5)
+    assert record.decisions[1].metric == "exact_match,strict-match"
+    assert record.decisions[1].reason == "ported 0.2500 is not above base 0.2500"
+
+
+def test_the_margin_is_strict(release):
+    assert judge(release, "world_boolq", margin=0.39).accepted
+    assert not judge(release, "world_boolq", margin=0.4).accepted
+
+
+def test_one_ported_directory_is_judged_alone(release):
+    record = judge(release, "world_gsm8k", name="mine")
+    assert [(one.name, one.accepted) for one in record.decisions] == [("mine", False)]
+
+
+def test_the_record_is_written_whole_and_repeats(release):
+    out = release / "results/register/v1.json"
+    judge(release, out=out)
+    first = out.read_bytes()
+    judge(release, out=out)
+    assert out.read_bytes() == first
+    assert [p.name for p in out.parent.iterdir()] == ["v1.json"]
+    tree = json.loads(first)
+    assert tree["release"] == "v1"
+    assert [one["accepted"] for one in tree["decisions"]] == [True, False]
+    assert str(release).encode() not in first
+
+
+def test_scores_of_other_tensors_do_not_count(release):
+    stale = {**row("world_boolq", "ported", 0.99, patch="world_boolq"), "patch_fingerprint": "00" * 32}
+    write(release, [row("world_boolq", "base", 0.5), stale])
+    with pytest.raises(EvaluationError, match="no score of .*world_boolq as it is now"):
+        judge(release, "world_boolq")
+
+
+def test_scores_on_another_base_do_not_count(release):
+    folder = release / "models/ported/v1/world_boolq"
+    other = PortRecord(base=Source(name="b", fingerprint="99" * 32), patch=Source(name="p", fingerprint=None))
+    other.write(folder)
+    with pytest.raises(EvaluationError, match="another base"):
+        judge(release, "world_boolq")
+
+
+def test_a_missing_base_arm_is_an_error_not_a_zero(release):
+    write(release, [row("world_boolq", "ported", 0.9, patch="world_boolq")])
+    with pytest.raises(EvaluationError, match="no score of the base on world_boolq"):
+        judge(release, "world_boolq")
+
+
+def test_an_adapter_is_refused(release):
+    record = PortRecord(
+        base=Source(name="b", fingerprint=BASE), patch=Source(name="p", fingerprint=None), output="adapter"
+    )
+    record.write(release / "models/ported/v1/world_boolq")
+    with pytest.raises(CheckpointError, match="--as merged"):
+        judge(release, "world_boolq")
+
+
+@pytest.mark.parametrize(("name", "said"), [("same", "put {task} into it"), ("a-{taks}", "may hold {task}")])
+def test_names_that_cannot_tell_models_apart_are_refused(release, name, said):
+    with pytest.raises(ParamsError, match=said):
+        judge(release, name=name)
+
+
+def test_what_is_not_there_is_named(release, tmp_path):
+    with pytest.raises(EvaluationError, match="run portllm evaluate first"):
+        register.run(ported=release / "models/ported/v1", results=tmp_path / "no.json", params=RegisterParams())
+    with pytest.raises(CheckpointError, match="run portllm port"):
+        register.run(ported=tmp_path / "models", results=release / "v1.json", params=RegisterParams())
