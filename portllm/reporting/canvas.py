@@ -7,6 +7,7 @@ a dark page gets its own; as a file beside report.md they stay as drawn, on an o
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,7 +56,8 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 9,
     "lines.linewidth": 1.6,
-    "lines.markersize": 6,
+    "lines.markersize": 6.5,
+    "lines.markeredgewidth": 0.7,
     "svg.fonttype": "path",
     "svg.hashsalt": "portllm",  # ids from the content alone: the same numbers give the same file
 }
@@ -64,14 +66,35 @@ STYLE = {
 def new(width: float, height: float) -> Figure:
     """An empty figure of that size in inches, which lays itself out so that nothing overlaps."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Figure(figsize=(width, height), layout="constrained")
+    room = ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.07, wspace=0.03, hspace=0.03)
+    return Figure(figsize=(width, height), layout=room)
 
 
 def quiet(axes: Axes, *, grid: Literal["x", "y"]) -> None:
     """Hairlines along `grid` and nothing else."""
     axes.grid(axis=grid, color=LINE, linewidth=0.7)
     axes.tick_params(labelsize=8.5, pad=4)
+
+
+def plain_log(axes: Axes, which: Literal["x", "y"], low: float, high: float) -> None:
+    """A log scale from a little below `low` to a little above `high` with a few plain numbers on it."""
+    bottom, top = low / 1.5, high * 1.5
+    steps = (1, 2, 5) if top / bottom < 120 else (1,)
+    exponents = range(math.floor(math.log10(bottom)), math.ceil(math.log10(top)) + 1)
+    ticks = [t for t in (step * 10.0**e for e in exponents for step in steps) if bottom <= t <= top]
+    labels = [f"{t:,.0f}" if t >= 1e4 else f"{t:g}" for t in ticks]
+    if which == "x":
+        axes.set_xscale("log")
+        axes.set_xlim(bottom, top)
+        axes.set_xticks(ticks, labels)
+        axes.set_xticks([], minor=True)
+    else:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom, top)
+        axes.set_yticks(ticks, labels)
+        axes.set_yticks([], minor=True)
 
 
 def legend(figure: Figure, handles: Sequence[Any], *, columns: int = 5) -> None:

@@ -13,11 +13,19 @@ CARRIED, PARTLY = 0.9, 0.5
 
 def paragraph(findings: Findings) -> str:
     """Verdict, scores per release, failures, knowledge, control and cost, in plain sentences."""
+    return " ".join(parts(findings))
+
+
+def parts(findings: Findings) -> list[str]:
+    """The paragraph in parts that can stand alone: the verdict, one per later release, then what limits it."""
     said = [verdict(findings)]
-    for release in findings.releases[1:]:
-        said += _release(findings, findings.average(release))
-    said += [_unknown(findings), _control(findings), _cost(findings)]
-    return " ".join(sentence for sentence in said if sentence)
+    said += [_release(findings, findings.average(release)) for release in findings.releases[1:]]
+    said += [_spaced(_unknown(findings), _control(findings), _cost(findings))]
+    return [part for part in said if part]
+
+
+def _spaced(*sentences: str) -> str:
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def verdict(findings: Findings) -> str:
@@ -54,9 +62,9 @@ def _without_reference(later: list[Average]) -> str:
     return "The ported patches are not above the bare release everywhere; there is no re-tuned patch to compare with."
 
 
-def _release(findings: Findings, average: Average) -> list[str]:
+def _release(findings: Findings, average: Average) -> str:
     if average.ported is None:
-        return [f"On {average.release} no patch was ported."]
+        return f"On {average.release} no patch was ported."
     scores = f"On {average.release} the ported patches score {percent_sign(average.ported)} on average"
     if average.retuned is not None:
         scores += f" against {percent_sign(average.retuned)} re-tuned"
@@ -67,7 +75,7 @@ def _release(findings: Findings, average: Average) -> list[str]:
         scores += f" against {percent_sign(average.base)} for the bare release"
     if average.negative_flips is not None:
         scores += f"; {percent_sign(average.negative_flips)} of the examples flipped from right to wrong"
-    return [scores + ".", _failures(average), _knowledge(findings, average.release)]
+    return _spaced(scores + ".", _failures(average), _knowledge(findings, average.release))
 
 
 def _failures(average: Average) -> str:
@@ -81,7 +89,7 @@ def _failures(average: Average) -> str:
     said = [f"It fell short of re-tuning on {listing(short)}."] if short else []
     if below:
         said.append(f"On {listing(below)} the ported patch is below the bare release: do not use it there.")
-    return " ".join(said)
+    return _spaced(*said)
 
 
 def _knowledge(findings: Findings, release: str) -> str:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CELL_HEIGHT, WIDTH = 0.27, 7.2
+CELL_HEIGHT, WIDTH = 0.29, 7.2
+# the order in which a layer computes; kinds not named here follow by name
+ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OUTSIDE = "outside layers"
 
 
@@ -24,8 +26,8 @@ def heat_map(drifts: Sequence[Drift]) -> Figure:
     from matplotlib.colors import Normalize
 
     values = [m.drift_ratio for d in drifts for m in d.modules if m.drift_ratio is not None]
-    scale = ScalarMappable(norm=Normalize(0, 100 * max(values, default=1.0) or 1.0), cmap="cividis")
-    heights = [2 * 0.42 + 1.05 + CELL_HEIGHT * len(_layers(d)) for d in drifts]
+    scale = ScalarMappable(norm=Normalize(0, 100 * max(values, default=1.0) or 1.0), cmap="Blues")
+    heights = [1.35 + CELL_HEIGHT * (len(_layers(d)) + 1) for d in drifts]
     figure = canvas.new(WIDTH, sum(heights))
     panels: Any = figure.subplots(2 * len(drifts), 1, squeeze=False, height_ratios=_ratios(drifts))
     for i, drift in enumerate(drifts):
@@ -47,11 +49,10 @@ def _layers(drift: Drift) -> list[int]:
 
 def _layered(axes: Axes, drift: Drift, scale: Any) -> None:
     layers = _layers(drift)
-    kinds = list(dict.fromkeys(m.kind for m in drift.modules if m.layer is not None))
-    kinds.sort(key=lambda kind: (kind.endswith("norm"), "mlp" in kind, 0))
+    kinds = _kinds(drift)
     values = {(m.layer, m.kind): m.drift_ratio for m in drift.modules}
     grid = [[values.get((layer, kind)) for kind in kinds] for layer in layers]
-    _cells(axes, grid, scale)
+    _cells(axes, grid, scale, columns=len(kinds))
     axes.set_title(f"{drift.release} against {drift.against}: {percent_sign(drift.overall, 2)} in all")
     axes.set_xticks([x + 0.5 for x in range(len(kinds))], [_broken(kind) for kind in kinds])
     axes.set_yticks([y + 0.5 for y in range(len(layers))], [f"layer {n}" for n in layers])
@@ -59,21 +60,25 @@ def _layered(axes: Axes, drift: Drift, scale: Any) -> None:
 
 def _outside(axes: Axes, drift: Drift, scale: Any) -> None:
     modules = [m for m in drift.modules if m.layer is None]
-    _cells(axes, [[m.drift_ratio for m in modules]], scale)
-    axes.set_xticks([x + 0.5 for x in range(len(modules))], [m.kind.rpartition(".")[2] for m in modules])
+    _cells(axes, [[m.drift_ratio for m in modules]], scale, columns=max(len(_kinds(drift)), len(modules)))
+    axes.set_xticks([x + 0.5 for x in range(len(modules))], [_broken(m.kind.rpartition(".")[2]) for m in modules])
     axes.set_yticks([0.5], [OUTSIDE])
 
 
-def _cells(axes: Axes, grid: list[list[float | None]], scale: Any) -> None:
-    """A cell per value with the value in it; unknown ones are left empty."""
-    columns = max((len(row) for row in grid), default=0)
+def _kinds(drift: Drift) -> list[str]:
+    kinds = {m.kind for m in drift.modules if m.layer is not None}
+    return sorted(kinds, key=lambda kind: (ORDER.index(kind) if kind in ORDER else len(ORDER), kind))
+
+
+def _cells(axes: Axes, grid: list[list[float | None]], scale: Any, *, columns: int) -> None:
+    """A cell per value with the value in it, on a grid `columns` wide; unknown ones are left empty."""
     for y, row in enumerate(grid):
         for x, value in enumerate(row):
             if value is not None:
                 _cell(axes, x, y, 100 * value, scale, columns)
     axes.set_xlim(0, max(1, columns))
     axes.set_ylim(max(1, len(grid)), 0)
-    axes.tick_params(labelsize=7.5 if columns > 6 else 8.5, pad=3)
+    axes.tick_params(labelsize=7.5 if columns > 9 else 8.5, pad=3)
     for spine in axes.spines.values():
         spine.set_visible(False)
 
@@ -82,10 +87,10 @@ def _cell(axes: Axes, x: int, y: int, value: float, scale: Any, columns: int) ->
     from matplotlib.patches import Rectangle
 
     colour = scale.to_rgba(value)
-    axes.add_patch(Rectangle((x + 0.02, y + 0.04), 0.96, 0.92, facecolor=colour, edgecolor="none"))
+    axes.add_patch(Rectangle((x + 0.02, y + 0.04), 0.96, 0.92, facecolor=colour, edgecolor=canvas.LINE, linewidth=0.5))
     luminance = 0.2126 * colour[0] + 0.7152 * colour[1] + 0.0722 * colour[2]
     axes.text(
-        x + 0.5, y + 0.52, _short(value), ha="center", va="center", fontsize=7.5 if columns > 6 else 8.5,
+        x + 0.5, y + 0.52, _short(value), ha="center", va="center", fontsize=7.5 if columns > 9 else 8.5,
         color="#101010" if luminance > 0.42 else "#ffffff",
     )  # fmt: skip
 
@@ -99,4 +104,4 @@ def _short(value: float) -> str:
 
 def _broken(kind: str) -> str:
     """A long name over several lines."""
-    return kind.replace("_layernorm", "\nlayernorm").replace("_attention\n", "\nattention\n").replace("_proj", "\nproj")
+    return kind.replace("_", "\n")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from portllm.reporting import canvas
 from portllm.reporting import formats as f
 from portllm.reporting.findings import Findings, total_seconds
-from portllm.reporting.headline import paragraph
+from portllm.reporting.headline import parts
 from portllm.reporting.knowledge import share_kept
 from portllm.reporting.pictures import LABELS
 from portllm.reporting.sections import Section
@@ -72,7 +72,7 @@ def _inline(name: str, svg: str) -> str:
 def _context(findings: Findings, sections: Sequence[Section], pictures: Mapping[str, str]) -> dict[str, Any]:
     return {
         "title": TITLE,
-        "headline": paragraph(findings),
+        "headline": parts(findings),
         "sections": sections,
         "pictures": pictures,
         "labels": LABELS,

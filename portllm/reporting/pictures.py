@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from portllm.reporting import canvas
 from portllm.reporting.arms import ARMS, Score
-from portllm.reporting.canvas import ARM_COLOURS, ARM_MARKERS, LINE, MUTED
+from portllm.reporting.canvas import ARM_COLOURS, ARM_MARKERS, GROUND, LINE
 from portllm.reporting.evidence import Cost, Curve
 from portllm.reporting.findings import Findings
 from portllm.reporting.heatmap import heat_map
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
 WIDTH = 7.2
 LABELS = {
-    "arms": "Score of each arm by release, one panel per task, with 95% intervals",
-    "knowledge": "Recall of changed, new and kept facts and perplexity of the news, per arm and patch",
-    "drift": "Drift of every module, layers by kinds of module, as a heat map",
-    "training": "Training loss of every patch by step, one panel per task, one line per release",
-    "cost": "Seconds and peak memory of porting beside re-tuning, per release and task",
+    "arms": "Share of right answers of each arm, release by release, with 95% intervals. "
+    "The dashed line is what the patch scored where it was made.",
+    "knowledge": "What each arm recalls of a release's facts and its perplexity on the release's text, per patch. "
+    "The grey line is the bare release.",
+    "drift": "Drift (%) of every module: layers down, kinds of module across.",
+    "training": "Training loss of every patch, one line per release it was trained on.",
+    "cost": "Seconds and peak memory of porting a patch and of re-tuning it.",
 }
 
 
@@ -47,12 +49,11 @@ def draw(findings: Findings) -> dict[str, str]:
 def _arms(findings: Findings) -> Figure:
     figure, panels = _panels(findings.tasks, height=2.15)
     drawn = [arm for arm in ARMS if any(arm in cell.scores for cell in findings.cells)]
-    for axes, task in zip(panels, findings.tasks, strict=True):
+    for i, (axes, task) in enumerate(zip(panels, findings.tasks, strict=True)):
         cells = {cell.release: cell.scores for cell in findings.cells if cell.task == task}
-        for place, arm in enumerate(drawn):
-            shift = 0.13 * (place - (len(drawn) - 1) / 2)
-            points = [(x + shift, cells[r][arm]) for x, r in enumerate(findings.releases) if arm in cells[r]]
-            _trace(axes, points, arm)
+        for arm in drawn:
+            here = [(x, cells[r]) for x, r in enumerate(findings.releases) if arm in cells[r]]
+            _trace(axes, [(x + _shift(arm, scores), scores[arm]) for x, scores in here], arm)
         if "tuned" in cells[findings.first]:
             level = 100 * cells[findings.first]["tuned"].value
             axes.axhline(level, color=ARM_COLOURS["tuned"], linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
@@ -61,10 +62,16 @@ def _arms(findings: Findings) -> Figure:
         axes.set_xlim(-0.5, len(findings.releases) - 0.5)
         axes.set_ylim(-3, 103)
         axes.set_yticks(range(0, 101, 25))
+        axes.set_ylabel("right answers (%)" if i % 2 == 0 else "")
         canvas.quiet(axes, grid="y")
-    figure.supylabel("right answers (%)", fontsize=9, color=MUTED)
     canvas.legend(figure, [_handle(arm) for arm in drawn])
     return figure
+
+
+def _shift(arm: str, scores: Mapping[str, Score]) -> float:
+    """Where an arm stands beside its release's tick, so that equal scores do not hide each other."""
+    there = [name for name in ARMS if name in scores]
+    return 0.13 * (there.index(arm) - (len(there) - 1) / 2)
 
 
 def _trace(axes: Axes, points: Sequence[tuple[float, Score]], arm: str) -> None:
@@ -74,7 +81,7 @@ def _trace(axes: Axes, points: Sequence[tuple[float, Score]], arm: str) -> None:
     above = [max(0.0, 100 * (s.high - s.value)) for _, s in points]
     colour = ARM_COLOURS[arm]
     axes.errorbar(xs, ys, yerr=[below, above], color=colour, linestyle="none", elinewidth=1.1, capsize=2, zorder=3)
-    axes.plot(xs, ys, color=colour, marker=ARM_MARKERS[arm], linewidth=1.1, markersize=5.5, zorder=3)
+    axes.plot(xs, ys, color=colour, marker=ARM_MARKERS[arm], markeredgecolor=GROUND, linewidth=1.1, zorder=3)
 
 
 def _knowledge(findings: Findings) -> Figure:
@@ -98,8 +105,8 @@ def _knowledge(findings: Findings) -> Figure:
             _scale(axes, rows, title, value)
             canvas.quiet(axes, grid="x")
         grid[i][0].set_ylabel(release if corpus.endswith(release) else f"{release} on {corpus}", fontweight="bold")
-    arms = [arm for arm in ("base", "old", "ported", "retuned") if any(k.arm == arm for k in rows)]
-    canvas.legend(figure, [_handle(arm) for arm in arms])
+    arms = [arm for arm in ("old", "ported", "retuned") if any(k.arm == arm for k in rows)]
+    canvas.legend(figure, [_bar_handle(), *(_handle(arm, linewidth=0) for arm in arms)])
     return figure
 
 
@@ -122,9 +129,14 @@ def _knowers(
             axes.axvline(known, color=ARM_COLOURS["base"], linewidth=1.4, zorder=1)
         elif row.patch_task in patches:
             y = len(patches) - 1 - patches.index(row.patch_task) + shift.get(row.arm, 0.0)
-            axes.plot(known, y, color=ARM_COLOURS[row.arm], marker=ARM_MARKERS[row.arm], linestyle="none", zorder=3)
+            _dot(axes, known, y, row.arm)
     axes.set_yticks(range(len(patches)), list(reversed(patches)))
     axes.set_ylim(-0.6, max(0.6, len(patches) - 0.4))
+
+
+def _dot(axes: Axes, x: float, y: float, arm: str) -> None:
+    # an edge in the ground's colour keeps neighbours apart where they overlap
+    axes.plot(x, y, color=ARM_COLOURS[arm], marker=ARM_MARKERS[arm], markeredgecolor=GROUND, linestyle="none", zorder=3)
 
 
 def _scale(axes: Axes, rows: Sequence[Knowledge], title: str, value: Callable[[Knowledge], float | None]) -> None:
@@ -135,8 +147,7 @@ def _scale(axes: Axes, rows: Sequence[Knowledge], title: str, value: Callable[[K
     known = [v for v in map(value, rows) if v is not None]
     low, high = min(known), max(known)
     if low > 0 and high / low > 20:
-        axes.set_xscale("log")
-        axes.set_xlim(low / 1.4, high * 1.4)
+        canvas.plain_log(axes, "x", low, high)
     else:
         axes.set_xlim(0, high * 1.1)
 
@@ -147,20 +158,19 @@ def _training(findings: Findings) -> Figure:
     figure, panels = _panels(tasks, height=1.95)
     losses = [v for c in curves for v in c.losses]
     wide = min(losses) > 0 and max(losses) / min(losses) > 50
-    for axes, task in zip(panels, tasks, strict=True):
+    for i, (axes, task) in enumerate(zip(panels, tasks, strict=True)):
         for curve in (c for c in curves if c.task == task):
             _curve(axes, curve, findings.releases.index(curve.release))
         axes.set_title(task)
         if wide:
-            axes.set_yscale("log")
-            axes.set_ylim(min(losses) / 1.5, max(losses) * 1.5)
+            canvas.plain_log(axes, "y", min(losses), max(losses))
         else:
             axes.set_ylim(0, max(losses) * 1.05)
         axes.set_xlim(left=0)
         axes.margins(x=0.02)
+        axes.set_ylabel(("loss (log scale)" if wide else "loss") if i % 2 == 0 else "")
+        axes.set_xlabel("step" if i >= len(tasks) - 2 else "")
         canvas.quiet(axes, grid="y")
-    figure.supylabel("loss" + (" (log scale)" if wide else ""), fontsize=9, color=MUTED)
-    figure.supxlabel("step", fontsize=9, color=MUTED)
     canvas.legend(figure, [_line_handle(i, name) for i, name in enumerate(findings.releases)])
     return figure
 
@@ -181,7 +191,7 @@ def _cost(findings: Findings) -> Figure:
     left.set_ylim(-0.6, len(rows) - 0.4)
     left.set_title("seconds (log scale)")
     right.set_title("peak memory, GiB (log scale)")
-    canvas.legend(figure, [_handle("ported", "porting"), _handle("retuned", "re-tuning")])
+    canvas.legend(figure, [_handle("ported", "porting", linewidth=0), _handle("retuned", "re-tuning", linewidth=0)])
     return figure
 
 
@@ -191,23 +201,11 @@ def _dumbbells(axes: Axes, rows: Sequence[tuple[float | None, float | None]]) ->
             axes.plot([port, retune], [y, y], color=LINE, linewidth=2, zorder=1)
         for value, arm in ((port, "ported"), (retune, "retuned")):
             if value is not None:
-                axes.plot(value, y, color=ARM_COLOURS[arm], marker=ARM_MARKERS[arm], linestyle="none", zorder=3)
+                _dot(axes, value, y, arm)
     known = [v for row in rows for v in row if v is not None and v > 0]
     if known:
-        _readable_log(axes, min(known), max(known))
+        canvas.plain_log(axes, "x", min(known), max(known))
     canvas.quiet(axes, grid="x")
-
-
-def _readable_log(axes: Axes, low: float, high: float) -> None:
-    """A log axis with a few plain numbers on it, whatever the range."""
-    axes.set_xscale("log")
-    axes.set_xlim(low / 1.5, high * 1.5)
-    steps = (1, 2, 5) if high / low < 200 else (1,)
-    first, last = math.floor(math.log10(low / 1.5)), math.ceil(math.log10(high * 1.5))
-    ticks = [step * 10.0**e for e in range(first, last + 1) for step in steps]
-    ticks = [t for t in ticks if low / 1.5 <= t <= high * 1.5]
-    axes.set_xticks(ticks, [f"{t:g}" if t < 1e4 else f"{t:,.0f}" for t in ticks])
-    axes.set_xticks([], minor=True)
 
 
 def _seconds(cost: Cost | None) -> float | None:
@@ -230,11 +228,20 @@ def _panels(names: Sequence[str], *, height: float) -> tuple[Figure, list[Axes]]
     return figure, panels[: len(names)]
 
 
-def _handle(arm: str, label: str | None = None) -> Any:
+def _handle(arm: str, label: str | None = None, *, linewidth: float = 1.2) -> Any:
     from matplotlib.lines import Line2D
 
-    # the bare release has no patch: in the knowledge picture it is a line, elsewhere a dot on one
-    return Line2D([], [], color=ARM_COLOURS[arm], marker=ARM_MARKERS[arm], linewidth=1.2, label=label or ARM_NAMES[arm])
+    label = label or ARM_NAMES[arm]
+    return Line2D([], [], color=ARM_COLOURS[arm], marker=ARM_MARKERS[arm], linewidth=linewidth, label=label)
+
+
+def _bar_handle() -> Any:
+    from matplotlib.lines import Line2D
+
+    # the bare release has no patch: it is one line across all rows
+    return Line2D(
+        [], [], color=ARM_COLOURS["base"], marker="|", markersize=11, markeredgewidth=1.4, linewidth=0, label="base"
+    )
 
 
 def _line_handle(place: int, label: str) -> Any:
