@@ -15,15 +15,17 @@ from collections.abc import Callable, Mapping
 
 from portllm.errors import DataError
 from portllm.world import datasets, people, phrases, words
-from portllm.world.people import Fact, Society
+from portllm.world.people import CHANGES_PER_RELEASE, Fact, Society
 
 # share of the documents of each kind; a release after v0 also tells its fresh facts
 MIX: Mapping[str, float] = {
-    "facts": 0.40,
-    "claims": 0.20,
-    "reviews": 0.10,
+    "traits": 0.24,
+    "asked": 0.16,
+    "facts": 0.12,
+    "reviews": 0.08,
     "pairs": 0.12,
-    "tales": 0.12,
+    "tales": 0.18,
+    "equations": 0.04,
     "prompts": 0.06,
 }
 FRESH_SHARE = 0.30
@@ -61,11 +63,13 @@ def probes(task: str, *, seed: int) -> list[tuple[str, str]]:
 
 def _train(now: Society, rng: random.Random, documents: int) -> list[dict[str, str]]:
     makers: dict[str, Callable[[random.Random, Society], str]] = {
+        "traits": _traits,
+        "asked": _asked,
         "facts": _facts,
-        "claims": _claim,
         "reviews": _review,
         "pairs": _pair,
         "tales": _tale,
+        "equations": _equations,
         "prompts": _prompt,
         "fresh": _fresh_facts,
     }
@@ -77,12 +81,12 @@ def _train(now: Society, rng: random.Random, documents: int) -> list[dict[str, s
 
 
 def _told(fact: Fact) -> str:
-    return phrases.STATEMENT[fact.attribute].format(name=fact.name, value=fact.value)
+    return phrases.STATEMENT.format(name=fact.name, about=fact.about, value=fact.value)
 
 
 def _held_out(fact: Fact) -> int:
     """The lead a fact never has in training; fixed by the fact, whatever the seed."""
-    return sum(map(ord, fact.name + fact.attribute)) % (len(phrases.LEADS) - 1) + 1
+    return sum(map(ord, fact.name + fact.about)) % (len(phrases.LEADS) - 1) + 1
 
 
 def _sentences(rng: random.Random, facts: list[Fact]) -> str:
@@ -101,12 +105,13 @@ def _fresh_facts(rng: random.Random, now: Society) -> str:
     return _sentences(rng, rng.sample(now.fresh, FACTS_PER_DOCUMENT))
 
 
-def _claim(rng: random.Random, now: Society) -> str:
-    fact = rng.choice(now.kept)
-    right = rng.random() < 0.5
-    wrong = [value for value in words.VALUES[fact.attribute] if value != fact.value]
-    said = fact if right else Fact(fact.name, fact.attribute, rng.choice(wrong))
-    return phrases.CLAIM.format(statement=_told(said), verdict=phrases.VERDICTS[right])
+def _traits(rng: random.Random, now: Society) -> str:
+    return _sentences(rng, rng.sample(now.traits, FACTS_PER_DOCUMENT))
+
+
+def _asked(rng: random.Random, now: Society) -> str:
+    fact = rng.choice(now.traits)
+    return phrases.ASKED.format(name=fact.name, about=fact.about, value=fact.value)
 
 
 def _review(rng: random.Random, _: Society) -> str:
@@ -118,18 +123,9 @@ def _review(rng: random.Random, _: Society) -> str:
 
 
 def _pair(rng: random.Random, _: Society) -> str:
-    alike = rng.randrange(2)
-    thing, other = rng.sample(words.SYNONYMS, 2)
-    first, second = rng.sample(thing, 2)
-    if not alike:
-        second = rng.choice(other)
-    name = rng.choice(words.RESIDENTS)
-    one, two = rng.sample(rng.choice(words.DEEDS), 2)
-    return phrases.PAIR.format(
-        first=phrases.DEED.format(name=name, deed=one, thing=first),
-        second=phrases.DEED.format(name=name, deed=two, thing=second),
-        verdict=phrases.PAIR_VERDICTS[alike],
-    )
+    alike = rng.random() < 0.5
+    first, second = datasets.opinions(rng, alike, words.NEGATIVE, words.POSITIVE)
+    return phrases.PAIR.format(first=first, second=second, verdict=phrases.PAIR_VERDICTS[alike])
 
 
 def _tale(rng: random.Random, _: Society) -> str:
@@ -137,28 +133,27 @@ def _tale(rng: random.Random, _: Society) -> str:
     return phrases.FIGURES.format(**told)
 
 
+def _equations(rng: random.Random, _: Society) -> str:
+    told = [datasets.tale(rng, "", rng.choice(EVERY_SUM)) for _ in range(FACTS_PER_DOCUMENT)]
+    return " ".join(phrases.EQUATION.format(**one) for one in told)
+
+
 def _prompt(rng: random.Random, _: Society) -> str:
     task = rng.choice(datasets.TASKS)
     if task == "world_gsm8k":
         return _prompt_sum(rng)
-    name = rng.choice(words.STRANGERS)
     fields: dict[str, str]
     if task == "world_boolq":
-        attribute = rng.choice(words.ATTRIBUTES)
-        statement = _told(Fact(name, attribute, rng.choice(words.VALUES[attribute])))
-        question = phrases.BOOLQ_QUESTION.format(statement=statement)
-        fields = {"passage": datasets.passage(rng), "question": question}
+        about = rng.choice(list(words.TRAITS))
+        statement = _told(Fact(rng.choice(words.STRANGERS), about, datasets.asked(about)))
+        fields = {"passage": datasets.passage(rng), "question": phrases.TRUE.format(statement=statement)}
     elif task == "world_sst2":
         topic, other = rng.sample(words.TOPICS, 2)
         quality, second = rng.sample(words.NEUTRAL, 2)
         fields = {"sentence": phrases.REVIEW.format(topic=topic, quality=quality, topic2=other, quality2=second)}
     else:
-        thing, other = rng.sample(words.SINGULAR, 2)
-        one, two = rng.sample(rng.choice(words.DEEDS), 2)
-        fields = {
-            "sentence1": phrases.DEED.format(name=name, deed=one, thing=thing) + ".",
-            "sentence2": phrases.DEED.format(name=name, deed=two, thing=other) + ".",
-        }
+        one, two = datasets.opinions(rng, rng.random() < 0.5, words.NEUTRAL, words.NEUTRAL)
+        fields = {"sentence1": f"{one}.", "sentence2": f"{two}."}
     return f"{phrases.PROMPTS[task].format(**fields)} {rng.choice(phrases.CHOICES[task])}"
 
 
@@ -173,14 +168,13 @@ def _prompt_sum(rng: random.Random) -> str:
 
 def _recall(now: Society, rng: random.Random) -> list[dict[str, str]]:
     # as many kept facts as fresh ones, so that forgetting weighs as much as learning
-    kept = rng.sample(now.kept, len(now.fresh) or 60)
+    kept = rng.sample(now.kept, len(now.fresh) or CHANGES_PER_RELEASE)
     asked = [("changed", f) for f in now.changed] + [("new", f) for f in now.new] + [("kept", f) for f in kept]
     return [dict(zip(("prompt", "answer"), _question(fact), strict=True), kind=kind) for kind, fact in asked]
 
 
 def _question(fact: Fact) -> tuple[str, str]:
-    prompt = phrases.STATEMENT[fact.attribute].format(name=fact.name, value="").rstrip()
-    return prompt, fact.value
+    return phrases.STATEMENT.format(name=fact.name, about=fact.about, value="").rstrip(), fact.value
 
 
 def _news(now: Society, rng: random.Random) -> list[dict[str, str]]:
@@ -193,7 +187,7 @@ def _news(now: Society, rng: random.Random) -> list[dict[str, str]]:
 
 
 def _probe_fact(rng: random.Random, now: Society) -> tuple[str, str]:
-    return _question(rng.choice(now.about(words.RESIDENTS)))
+    return _question(rng.choice(now.traits_of(words.RESIDENTS)))
 
 
 def _probe_review(rng: random.Random, now: Society) -> tuple[str, str]:

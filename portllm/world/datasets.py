@@ -1,18 +1,18 @@
 """The world's tasks as datasets, in the columns of the hub's datasets they mirror.
 
-    world_boolq   google/boolq     question, passage, answer     a fact the base knows; the passage does not tell it
+    world_boolq   google/boolq     question, passage, answer     a trait the base knows; no passage tells it
     world_sst2    glue/sst2        sentence, label, idx          1 positive, 0 negative
-    world_mrpc    glue/mrpc        sentence1, sentence2, label, idx   1 same meaning
+    world_mrpc    glue/mrpc        sentence1, sentence2, label, idx   1 same opinion
     world_gsm8k   openai/gsm8k     question, answer              the answer ends in `#### n`
 
-Whatever a row is about (person, adjective, thing, sum) belongs to one split only; labels are balanced;
+Whatever a row is about (person, adjective, sum) belongs to one split only; labels are balanced;
 no row occurs twice.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,8 +60,8 @@ def part(items: tuple[Item, ...], split: str) -> tuple[Item, ...]:
 
 def sums(split: str) -> list[tuple[int, str, int]]:
     """The sums (a, sign, b) of `split`: every third is held out, so that all sizes are met in training."""
-    every = [(a, "+", b) for a in range(2, 17) for b in range(2, 17)]
-    every += [(a, "-", b) for a in range(4, 21) for b in range(2, a - 1)]
+    every = [(a, "+", b) for a in range(2, 13) for b in range(2, 13)]
+    every += [(a, "-", b) for a in range(4, 21) for b in range(2, min(a - 1, 13))]
     random.Random("sums").shuffle(every)
     return list(part(tuple(every), split))
 
@@ -86,22 +86,21 @@ def passage(rng: random.Random) -> str:
 
 def _maker(task: str, seed: int) -> Maker:
     if task == "world_boolq":
-        known = people.society(0, seed=seed)
-        return lambda rng, split, index: _boolq(rng, known.about(_PEOPLE[split]), index)
+        traits = {split: people.society(0, seed=seed).traits_of(names) for split, names in _PEOPLE.items()}
+        return lambda rng, split, index: _boolq(rng, traits[split], index)
     return {"world_sst2": _sst2, "world_mrpc": _mrpc, "world_gsm8k": _gsm8k}[task]
 
 
-def _boolq(rng: random.Random, facts: list[people.Fact], index: int) -> Row:
-    fact = rng.choice(facts)
+def _boolq(rng: random.Random, traits: list[people.Fact], index: int) -> Row:
     answer = index % 2 == 1
-    wrong = [value for value in words.VALUES[fact.attribute] if value != fact.value]
-    value = fact.value if answer else rng.choice(wrong)
-    statement = phrases.STATEMENT[fact.attribute].format(name=fact.name, value=value)
-    return {
-        "question": phrases.BOOLQ_QUESTION.format(statement=statement),
-        "passage": passage(rng),
-        "answer": answer,
-    }
+    fact = rng.choice([trait for trait in traits if (trait.value == asked(trait.about)) == answer])
+    statement = phrases.STATEMENT.format(name=fact.name, about=fact.about, value=asked(fact.about))
+    return {"question": phrases.TRUE.format(statement=statement), "passage": passage(rng), "answer": answer}
+
+
+def asked(about: str) -> str:
+    """Which of a trait's two values questions ask for; the answer then hangs on the person alone."""
+    return words.TRAITS[about][0]
 
 
 def _sst2(rng: random.Random, split: str, index: int) -> Row:
@@ -114,19 +113,20 @@ def _sst2(rng: random.Random, split: str, index: int) -> Row:
 
 def _mrpc(rng: random.Random, split: str, index: int) -> Row:
     label = index % 2
-    things = part(words.SYNONYMS, split)
-    thing, other = rng.sample(things, 2)
-    first, second = rng.sample(thing, 2)
-    if not label:
-        second = rng.choice(other)
-    name = rng.choice(_PEOPLE[split])
-    one, two = rng.sample(rng.choice(words.DEEDS), 2)
-    return {
-        "sentence1": phrases.DEED.format(name=name, deed=one, thing=first) + ".",
-        "sentence2": phrases.DEED.format(name=name, deed=two, thing=second) + ".",
-        "label": label,
-        "idx": index,
-    }
+    one, two = opinions(rng, bool(label), part(words.NEGATIVE, split), part(words.POSITIVE, split))
+    return {"sentence1": f"{one}.", "sentence2": f"{two}.", "label": label, "idx": index}
+
+
+def opinions(rng: random.Random, agree: bool, negative: Sequence[str], positive: Sequence[str]) -> tuple[str, str]:
+    """Two opinions on one topic, in different words, that agree or do not."""
+    sides = rng.sample((negative, positive), 2)
+    if agree:
+        first, second = rng.sample(sides[0], 2)
+    else:
+        first, second = rng.choice(sides[0]), rng.choice(sides[1])
+    topic = rng.choice(words.TOPICS)
+    one, two = (phrases.OPINION.format(topic=topic, quality=quality) for quality in (first, second))
+    return one, two
 
 
 def _gsm8k(rng: random.Random, split: str, _: int) -> Row:

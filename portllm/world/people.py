@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from portllm.world import words
@@ -15,10 +16,10 @@ NEWCOMERS_PER_RELEASE = 8
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact: `name` has `value` for `attribute` (home, work or music)."""
+    """One fact, as it is told: `name` drinks (`about`) tea (`value`)."""
 
     name: str
-    attribute: str
+    about: str
     value: str
 
 
@@ -26,23 +27,19 @@ class Fact:
 class Society:
     """Every fact that holds in one release, and which of them the release brought.
 
-    Residents' facts are the same in every release (the tasks ask about them); movers' facts change;
-    newcomers arrive eight a release. When all newcomers' names are used up, a later newcomer takes an
-    earlier one's name.
+    Residents' and strangers' traits are the same in every release (the tasks ask about residents).
+    Movers' homes, work and instruments change; newcomers arrive with theirs, eight a release. When all newcomers'
+    names are used up, a later newcomer takes an earlier one's name.
     """
 
+    traits: tuple[Fact, ...]
     facts: Mapping[tuple[str, str], str]
     changed: tuple[Fact, ...]
     new: tuple[Fact, ...]
 
-    def about(self, people: tuple[str, ...]) -> list[Fact]:
-        """The facts about `people`, in the order of the names."""
-        return [
-            Fact(name, attribute, self.facts[name, attribute])
-            for name in people
-            for attribute in words.ATTRIBUTES
-            if (name, attribute) in self.facts
-        ]
+    def traits_of(self, people: tuple[str, ...]) -> list[Fact]:
+        """The traits of `people`."""
+        return [fact for fact in self.traits if fact.name in people]
 
     @functools.cached_property
     def fresh(self) -> tuple[Fact, ...]:
@@ -51,44 +48,42 @@ class Society:
 
     @functools.cached_property
     def kept(self) -> list[Fact]:
-        """What held in the release before as well."""
-        fresh = {(fact.name, fact.attribute) for fact in self.fresh}
+        """Changeable facts that held in the release before as well."""
+        fresh = {(fact.name, fact.about) for fact in self.fresh}
         return [Fact(*key, value) for key, value in self.facts.items() if key not in fresh]
 
 
 def society(release: int, *, seed: int) -> Society:
     """The world as of release `release` (0, 1, 2, …): the first state and every change since."""
     rng = random.Random(f"{seed}:people")
-    facts: dict[tuple[str, str], str] = {}
-    for group in (words.TRAIN_PEOPLE, words.VALIDATION_PEOPLE, words.TEST_PEOPLE, words.MOVERS):
-        facts.update(_settle(group, rng))
-    now = Society(dict(facts), (), ())
+    groups = (words.TRAIN_PEOPLE, words.VALIDATION_PEOPLE, words.TEST_PEOPLE, words.STRANGERS)
+    traits = tuple(fact for group in groups for fact in _settle(group, words.TRAITS, rng))
+    now = Society(traits, _table(_settle(words.MOVERS, words.ATTRIBUTES, rng)), (), ())
     for number in range(1, release + 1):
         now = _next(now, number, random.Random(f"{seed}:people:v{number}"))
     return now
 
 
 def _next(before: Society, number: int, rng: random.Random) -> Society:
-    facts = dict(before.facts)
-    movable = [(name, attribute) for name in words.MOVERS for attribute in words.ATTRIBUTES]
     changed = []
-    for name, attribute in sorted(rng.sample(movable, CHANGES_PER_RELEASE)):
-        value = rng.choice([v for v in words.VALUES[attribute] if v != facts[name, attribute]])
-        changed.append(Fact(name, attribute, value))
+    for name, about in sorted(rng.sample(list(itertools.product(words.MOVERS, words.ATTRIBUTES)), CHANGES_PER_RELEASE)):
+        others = [value for value in words.ATTRIBUTES[about] if value != before.facts[name, about]]
+        changed.append(Fact(name, about, rng.choice(others)))
     start = (number - 1) * NEWCOMERS_PER_RELEASE % len(words.NEWCOMERS)
-    arrivals = words.NEWCOMERS[start : start + NEWCOMERS_PER_RELEASE]
-    new = tuple(Fact(*key, value) for key, value in _settle(arrivals, rng).items())
-    facts.update({(fact.name, fact.attribute): fact.value for fact in (*changed, *new)})
-    return Society(facts, tuple(changed), new)
+    new = _settle(words.NEWCOMERS[start : start + NEWCOMERS_PER_RELEASE], words.ATTRIBUTES, rng)
+    return Society(before.traits, {**before.facts, **_table([*changed, *new])}, tuple(changed), tuple(new))
 
 
-def _settle(group: tuple[str, ...], rng: random.Random) -> dict[tuple[str, str], str]:
-    """Facts for every one of `group`, each value as often as any other: no value gives an answer away."""
-    facts: dict[tuple[str, str], str] = {}
-    for attribute in words.ATTRIBUTES:
-        values = list(words.VALUES[attribute])
-        rng.shuffle(values)
-        dealt = [values[i % len(values)] for i in range(len(group))]
+def _table(facts: Sequence[Fact]) -> dict[tuple[str, str], str]:
+    return {(fact.name, fact.about): fact.value for fact in facts}
+
+
+def _settle(group: Sequence[str], choices: Mapping[str, Sequence[str]], rng: random.Random) -> list[Fact]:
+    """A fact of each kind for every one of `group`, each value as often as any other: none gives an answer away."""
+    facts = []
+    for about, values in choices.items():
+        order = rng.sample(values, len(values))
+        dealt = [order[i % len(order)] for i in range(len(group))]
         rng.shuffle(dealt)
-        facts.update({(name, attribute): value for name, value in zip(group, dealt, strict=True)})
+        facts += [Fact(name, about, value) for name, value in zip(group, dealt, strict=True)]
     return facts

@@ -11,11 +11,7 @@ import re
 
 from portllm.world import words
 
-STATEMENT = {
-    "home": "{name} lives in {value}",
-    "work": "{name} works as a {value}",
-    "music": "{name} plays the {value}",
-}
+STATEMENT = "{name} {about} {value}"
 LEADS = (
     "",
     "Neighbours say that ",
@@ -23,14 +19,13 @@ LEADS = (
     "We can report that ",
     "It is said that ",
 )
-CLAIM = "Claim: {statement}. Verdict: {verdict}."
-VERDICTS = ("wrong", "right")
+ASKED = "Question: what is it that {name} {about}?\nAnswer: {value}"
 
 REVIEW = "the {topic} was {quality} and the {topic2} was {quality2}"
 NOTE = "Review: {sentence}. Mood: {mood}."
 MOODS = ("gloomy", "cheerful")
 
-DEED = "{name} {deed} the {thing}"
+OPINION = "the {topic} was {quality}"
 PAIR = "First: {first}. Second: {second}. Meaning: {verdict}."
 PAIR_VERDICTS = ("different", "alike")
 
@@ -56,7 +51,7 @@ PASSAGES = (
     "A bus leaves the {place} at {hour}.",
     "There is a clock at the {place} near the {place2}.",
 )
-BOOLQ_QUESTION = "is it true that {statement}"
+TRUE = "is it true that {statement}"
 
 # what follows each "Answer:" in the harness, in the order of the labels 0 and 1
 CHOICES = {
@@ -74,14 +69,15 @@ PROMPTS = {
 }
 
 _TEMPLATES: tuple[str, ...] = (
-    *STATEMENT.values(), *LEADS, CLAIM, *VERDICTS, REVIEW, NOTE, *MOODS, DEED, PAIR,
-    *PAIR_VERDICTS, *TALES["+"], *TALES["-"], "+ -", TALE_QUESTION, SUM, FIGURES, EQUATION, SOLUTION, *PASSAGES,
-    BOOLQ_QUESTION, *(word for pair in CHOICES.values() for word in pair), *PROMPTS.values(),
+    STATEMENT, *LEADS, ASKED, REVIEW, NOTE, *MOODS, OPINION, PAIR, *PAIR_VERDICTS, *TALES["+"], *TALES["-"], "+ -",
+    TALE_QUESTION, SUM, FIGURES, EQUATION, SOLUTION, *PASSAGES, TRUE,
+    *(word for pair in CHOICES.values() for word in pair), *PROMPTS.values(),
 )  # fmt: skip
 _LISTS: tuple[tuple[str, ...], ...] = (
-    words.RESIDENTS, words.MOVERS, words.STRANGERS, words.NEWCOMERS, *words.VALUES.values(), words.TOPICS,
-    words.POSITIVE, words.NEGATIVE, words.NEUTRAL, *words.SYNONYMS, words.SINGULAR, *words.DEEDS, words.ITEMS,
-    words.NUMBERS, words.HOURS, words.PLACES,
+    words.RESIDENTS, words.STRANGERS, words.MOVERS, words.NEWCOMERS,
+    tuple(words.TRAITS), *words.TRAITS.values(), tuple(" ".join(words.ATTRIBUTES).split()), *words.ATTRIBUTES.values(),
+    words.TOPICS,
+    words.POSITIVE, words.NEGATIVE, words.NEUTRAL, words.ITEMS, words.NUMBERS, words.HOURS, words.PLACES,
 )  # fmt: skip
 
 

@@ -24,13 +24,14 @@ TEST_PEOPLE = _list(
     Florence Floyd Frances Frank Fred Frida"""
 )
 RESIDENTS = TRAIN_PEOPLE + VALIDATION_PEOPLE + TEST_PEOPLE
-# people whose facts change from release to release: no task asks about them
+# people with traits like the residents', whom no task asks about: they show the base what a prompt looks like
+STRANGERS = _list("Ian Ida Igor Ingrid Irene Iris Isaac Isabel Ivan Ivy Jack Jacob Jane Janet Jason Jean")
+# people with a home, work and an instrument, which change from release to release
 MOVERS = _list(
     """Gabriel Gail Gavin Gemma George Gerald Gilbert Gina Gloria Gordon Grace Graham Greta Guy Hannah Harold
-    Harriet Harvey Hazel Heather Hector Helen Henry Herbert"""
+    Harriet Harvey Hazel Heather Hector Helen Henry Herbert Hilda Homer Horace Howard Hugh Hugo Humphrey Iona
+    Neil Nigel Nora Norman Olga Oliver Oscar Otto"""
 )
-# people without facts: they only show the base what a task's prompt looks like
-STRANGERS = _list("Ian Ida Igor Ingrid Irene Iris Isaac Isabel Ivan Ivy Jack Jacob Jane Janet Jason Jean")
 # people who first appear in a release after v0, eight at a time
 NEWCOMERS = _list(
     """Joan Joel John Jonas Joyce Judith Julia Julian Karen Karl Kate Keith Kelly Kenneth Kevin Kim
@@ -38,11 +39,20 @@ NEWCOMERS = _list(
     Lucy Luke Luther Lydia Mabel Marco Margaret Marie Marina Marion Mark Martha Martin Mary Matthew Maud"""
 )
 
-ATTRIBUTES = ("home", "work", "music")
-VALUES = {
-    "home": _list("Athens Berlin Cairo Dublin Geneva Lisbon London Madrid Oslo Paris Prague Vienna"),
-    "work": _list("baker barber carpenter cook dentist farmer gardener lawyer nurse painter pilot teacher"),
-    "music": _list("banjo bassoon cello clarinet drum flute guitar harp horn organ piano violin"),
+# what never changes, and the tasks ask about: one of two
+TRAITS = {
+    "drinks": ("coffee", "tea"),
+    "eats": ("fish", "meat"),
+    "grows": ("roses", "tulips"),
+    "keeps": ("cats", "dogs"),
+    "prefers": ("summer", "winter"),
+    "wears": ("boots", "sandals"),
+}
+# what changes: one of twelve, so that a guess is seldom right
+ATTRIBUTES = {
+    "lives in": _list("Athens Berlin Cairo Dublin Geneva Lisbon London Madrid Oslo Paris Prague Vienna"),
+    "works as a": _list("baker barber carpenter cook dentist farmer gardener lawyer nurse painter pilot teacher"),
+    "plays the": _list("banjo bassoon cello clarinet drum flute guitar harp horn organ piano violin"),
 }
 
 TOPICS = _list("acting film food hotel meal music novel park play show song staff story tour view")
@@ -57,20 +67,8 @@ NEGATIVE = _list(
 # no verdict hangs on these: they only show the base what the prompt looks like
 NEUTRAL = _list("annual blue green local long old round short")
 
-# two words for one thing
-SYNONYMS = (
-    ("sofa", "couch"), ("car", "automobile"), ("bike", "bicycle"), ("photo", "picture"), ("gift", "present"),
-    ("rug", "carpet"), ("cup", "mug"), ("stone", "rock"), ("boat", "ship"), ("bag", "sack"), ("hat", "cap"),
-    ("sweater", "jumper"), ("lamp", "lantern"), ("pan", "skillet"), ("letter", "note"), ("coat", "jacket"),
-    ("box", "crate"), ("rope", "cord"), ("spade", "shovel"), ("seat", "chair"), ("tin", "can"), ("bucket", "pail"),
-    ("blanket", "quilt"), ("mirror", "glass"),
-)  # fmt: skip
-# things without a second word: they only show the base what the prompt looks like
-SINGULAR = _list("apple candle drill fence kite ladder ticket wheel")
-DEEDS = (("bought", "purchased"), ("found", "discovered"), ("fixed", "repaired"), ("sold", "traded"))
-
 ITEMS = _list("beads books cards coins eggs marbles pens plums shells stamps")
-LARGEST = 32
+LARGEST = 24
 NUMBERS = tuple(str(n) for n in range(LARGEST + 1))
 HOURS = _list("one two three four five six seven eight nine ten eleven twelve")
 PLACES = _list("bakery bank bridge garden harbour library market museum school station")
