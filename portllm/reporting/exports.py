@@ -123,7 +123,7 @@ def _averages(findings: Findings) -> list[dict[str, Any]]:
         cells = findings.on(release)
         best = "tuned" if release == findings.first else "retuned"
         row = {"release": release}
-        for column, arm in (("base", "base"), ("ported", "ported"), ("re-tuned", best)):
+        for column, arm in (("base", "base"), ("ported", "ported"), ("retuned", best)):
             row[column] = _text(mean(cell.value(arm) for cell in cells))
         rows.append(row)
     return rows

@@ -67,7 +67,7 @@ def _release(findings: Findings, average: Average) -> str:
         return f"On {average.release} no patch was ported."
     scores = f"On {average.release} the ported patches score {percent_sign(average.ported)} on average"
     if average.retuned is not None:
-        scores += f" against {percent_sign(average.retuned)} re-tuned"
+        scores += f" against {percent_sign(average.retuned)} retuned"
         scores += f" and {percent_sign(average.base)} for the bare release"
         close, near = sum(c.within is True for c in average.cells), percent(WITHIN, 0)
         scores += f"; {close} of {len(average.cells)} tasks are within {near} points of re-tuning"

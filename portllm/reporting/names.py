@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 DAGGER = "†"
-ARM_NAMES = {"base": "base", "tuned": "tuned", "ported": "ported", "retuned": "re-tuned", "old": "old tuned"}
+ARM_NAMES = {"base": "base", "tuned": "tuned", "ported": "ported", "retuned": "retuned", "old": "old tuned"}

@@ -11,8 +11,8 @@ from portllm.reporting import formats as f
 from portllm.reporting.findings import Findings, total_seconds
 from portllm.reporting.headline import parts
 from portllm.reporting.knowledge import share_kept
+from portllm.reporting.layout import Section
 from portllm.reporting.pictures import LABELS
-from portllm.reporting.sections import Section
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -52,7 +52,7 @@ def tiles(findings: Findings) -> list[Tile]:
         average = findings.average(release)
         if average.ported is None:
             continue
-        beside = f"re-tuned {f.percent_sign(average.retuned)}, bare {f.percent_sign(average.base)}"
+        beside = f"retuned {f.percent_sign(average.retuned)}, bare {f.percent_sign(average.base)}"
         made.append(Tile(f.percent_sign(average.ported), f"ported, mean on {release}", beside))
         kept = share_kept(findings.knowledge, release, "ported")
         if kept is not None:

@@ -8,13 +8,13 @@ PROBE = (
 )
 ARMS = (
     "base is the release alone; tuned, the patch where it was made; ported, the same patch put onto a later release "
-    "without training; re-tuned, a new patch trained on that release, the costly reference. Recovery is the share of "
+    "without training; retuned, a new patch trained on that release, the costly reference. Recovery is the share of "
     "re-tuning's gain that the port keeps; a negative flip is an example that tuned got right and ported gets wrong."
 )
 ARMS_NOTE = (
     "Scores, recovery and flips in %; differences in percentage points with a 95% bootstrap interval over the test "
     "examples; p is McNemar's exact test on the same examples. Recovery is – where re-tuning gains less than {least} "
-    "points. Valid format: share of answers in the expected form, for base · ported · re-tuned. Intervals cover the "
+    "points. Valid format: share of answers in the expected form, for base · ported · retuned. Intervals cover the "
     "choice of test examples, not the luck of training seeds."
 )
 KNOWLEDGE = (
