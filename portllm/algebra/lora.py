@@ -1,4 +1,4 @@
-"""LoRA's weight update Δ = scale · B A and what can be known of it without forming it.
+"""LoRA's weight update Δ = scale · B A, added to weights with one rounding, and what is known of it without forming it.
 
 LoRA: arXiv:2106.09685. Everywhere: a is A (r, in), b is B (out, r), Δ is (out, in).
 """
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from portllm.errors import ShapeError
 
+EPSILON = 2.0**-24  # half a unit in the last place of float32, relative
+
 
 def delta(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Weight update (out, in) in fp32 = scale · b (out, r) @ a (r, in). Raises ShapeError."""
@@ -18,12 +20,76 @@ def delta(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def add_delta(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """weight (out, in) + Δ, computed in float64 and rounded once to the weight's dtype. Raises ShapeError."""
+    """weight (out, in) + Δ: the exact sum rounded once to the weight's dtype. Raises ShapeError."""
     _check(a, b)
     if weight.shape != (b.shape[0], a.shape[1]):
         raise ShapeError(f"update is {b.shape[0]}×{a.shape[1]}, weight is {tuple(weight.shape)}; expected one shape")
-    total = torch.addmm(weight.double(), b.double() * scale, a.double())
-    return round_once(total, weight.dtype)
+    out = torch.empty_like(weight)
+    Update(a, b, scale).add_rows(weight, 0, out, Scratch(weight.numel()))
+    return out
+
+
+class Scratch:
+    """Work space for blocks of at most `elements` elements, reused so that no block pays for fresh memory."""
+
+    def __init__(self, elements: int) -> None:
+        self.elements = elements
+        self._kept: dict[torch.dtype, Tensor] = {}
+
+    def like(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor of `weight`'s shape; the same memory for every call with the same dtype."""
+        if dtype not in self._kept:
+            self._kept[dtype] = torch.empty(self.elements, dtype=dtype)
+        return self._kept[dtype][: weight.numel()].view(weight.shape)
+
+
+class Update:
+    """Δ prepared for being added block by block: factors in both precisions, and a bound on what fp32 can lose."""
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
+        """a (r, in) and b (out, r) in any floating dtype. Raises ShapeError."""
+        _check(a, b)
+        self.a, self.b = a.double(), b.double() * scale
+        self._a32, self._b32 = self.a.float(), self.b.float()
+        self._largest_a = float(self.a.norm(dim=0).max()) if a.numel() else 0.0
+        self._norms_b = self.b.norm(dim=1)
+
+    def add_rows(self, weight: Tensor, row: int, out: Tensor, scratch: Scratch) -> float:
+        """out = rows of W from `row` on, `weight` (rows, in), + Δ's same rows, rounded once to the weight's dtype.
+
+        Returns an upper bound of the largest absolute sum, or NaN. float32: the sum in float64, rounded. 16-bit types:
+        the sum in fp32; only where its error bound straddles a rounding boundary, a few elements in a thousand, is it
+        computed again in float64.
+        """
+        rows = slice(row, row + weight.shape[0])
+        if weight.numel() == 0:
+            return 0.0
+        if weight.dtype in (torch.float32, torch.float64):
+            total = scratch.like(weight, torch.float64).copy_(weight)
+            out.copy_(torch.addmm(total, self.b[rows], self.a, out=total))
+            return _largest(out)
+        total = torch.mm(self._b32[rows], self._a32, out=scratch.like(weight, torch.float32))
+        # not addmm: how often BLAS rounds what it adds to is its own affair, and the bound must hold
+        total.add_(weight)
+        size = _largest(total)
+        bound = self._bound(size, rows)
+        out.copy_(total.sub_(bound))
+        high = scratch.like(weight, weight.dtype).copy_(total.add_(2 * bound))
+        unsure = _differing(out, high)
+        if len(unsure):
+            out.view(-1)[unsure] = self._exact(weight, unsure, row)
+        return size + bound
+
+    def _bound(self, size: float, rows: slice) -> float:
+        # product: γ_r ‖b‖‖a‖ (Cauchy-Schwarz), one ε each for casting a and b; the sum and ± bound: one ε · size each
+        product = float(self._norms_b[rows].max()) * self._largest_a
+        return EPSILON * ((len(self.a) + 4) * product + 3 * size)
+
+    def _exact(self, weight: Tensor, index: Tensor, row: int) -> Tensor:
+        columns = weight.shape[1]
+        i, j = index.div(columns, rounding_mode="floor"), index.remainder(columns)
+        product = self.b[i + row].mul_(self.a[:, j].T).sum(dim=1)
+        return round_once(product.add_(weight.view(-1)[index].double()), weight.dtype)
 
 
 def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -42,23 +108,37 @@ def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
     return near.to(dtype)
 
 
+def _largest(values: Tensor) -> float:
+    # amin and amax apart are faster than aminmax, and both pass NaN on
+    low, high = float(values.amin()), float(values.amax())
+    return max(-low, high) if low == low else low
+
+
+def _differing(low: Tensor, high: Tensor) -> Tensor:
+    """Flat indices where two 16-bit tensors differ in their bits (numpy's search is several times torch's speed)."""
+    import numpy
+
+    found = numpy.flatnonzero(low.view(torch.int16).view(-1).numpy() != high.view(torch.int16).view(-1).numpy())
+    return torch.from_numpy(found)
+
+
 def inner(a1: Tensor, b1: Tensor, s1: float, a2: Tensor, b2: Tensor, s2: float) -> float:
     """⟨Δ1, Δ2⟩ = s1 s2 tr((B1ᵀB2)(A2A1ᵀ)) in float64: r1 × r2 matrices only. Raises ShapeError."""
     _check(a1, b1)
     _check(a2, b2)
     if a1.shape[1] != a2.shape[1] or b1.shape[0] != b2.shape[0]:
         raise ShapeError(
-            f"updates are {b1.shape[0]}×{a1.shape[1]} and {b2.shape[0]}×{a2.shape[1]}; expected the same module of one shape"
+            f"updates are {b1.shape[0]}×{a1.shape[1]} and {b2.shape[0]}×{a2.shape[1]}; expected one module's shape"
         )
     left = b1.double().T @ b2.double()
     right = a1.double() @ a2.double().T
-    return s1 * s2 * float((left * right).sum().item())
+    return s1 * s2 * float((left * right).sum())
 
 
 def delta_norm(a: Tensor, b: Tensor, scale: float) -> float:
     """‖Δ‖_F = |scale| √tr((BᵀB)(AAᵀ)) in float64, never forming BA. Raises ShapeError."""
     # rounding can leave a sum of squares a hair below zero
-    return abs(scale) * max(inner(a, b, 1.0, a, b, 1.0), 0.0) ** 0.5
+    return float(abs(scale) * max(inner(a, b, 1.0, a, b, 1.0), 0.0) ** 0.5)
 
 
 def _check(a: Tensor, b: Tensor) -> None:

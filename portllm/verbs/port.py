@@ -22,7 +22,7 @@ from portllm.checkpoint.patch import CONFIG, WEIGHTS, Patch
 from portllm.checkpoint.plan import Plan, make_plan
 from portllm.checkpoint.reader import INDEX, Checkpoint
 from portllm.checkpoint.records import PortRecord, Source
-from portllm.checkpoint.writer import Meter, copy_file, write_shards
+from portllm.checkpoint.writer import Job, Meter, copy_file, write_shards
 from portllm.errors import OutputError, ParamsError, PatchError
 from portllm.params import PortParams
 
@@ -116,7 +116,7 @@ def _write_merged(
     files = {name: copy_file(path, _under(folder, name), meter) for name, path in extras.items()}
     shards = {folder / shard.path.name: shard for shard in base.shards}
     known = {e: digest for s in base.shards for e, digest in _known(s)}
-    written = write_shards(shards, plan.changes, record.scale, known, meter)
+    written = write_shards(shards, Job(plan.changes, record.scale, known, meter))
     before: dict[TensorEntry, str] = {}
     after: dict[TensorEntry, str] = {}
     for target, result in written.items():
