@@ -25,7 +25,6 @@ def plots(findings: Findings) -> dict[str, list[dict[str, Any]]]:
     """Rows of each CSV by file name."""
     return {
         "scores.csv": _scores(findings),
-        "averages.csv": _averages(findings),
         "knowledge.csv": _knowledge_rows(findings),
         "training.csv": _training(findings),
         "drift.csv": _drift(findings),
@@ -116,19 +115,6 @@ def _scores(findings: Findings) -> list[dict[str, Any]]:
     ]
 
 
-def _averages(findings: Findings) -> list[dict[str, Any]]:
-    """One row per release, one column per arm; on the first release the re-tuned patch is the tuned one."""
-    rows = []
-    for release in findings.releases:
-        cells = findings.on(release)
-        best = "tuned" if release == findings.first else "retuned"
-        row = {"release": release}
-        for column, arm in (("base", "base"), ("ported", "ported"), ("retuned", best)):
-            row[column] = _text(mean(cell.value(arm) for cell in cells))
-        rows.append(row)
-    return rows
-
-
 def _knowledge_rows(findings: Findings) -> list[dict[str, Any]]:
     return [
         {
@@ -172,7 +158,3 @@ def _drift(findings: Findings) -> list[dict[str, Any]]:
         for m in d.modules
         if m.drift_ratio is not None
     ]
-
-
-def _text(value: float | None) -> Any:
-    return "" if value is None else round(value, DIGITS)
