@@ -7,6 +7,7 @@ was not closed is marked KILLED, so that nothing stays RUNNING for ever.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import select
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from portllm.tracking import ancestry, registry, store
 from portllm.tracking.messages import Message, Registered, flatten, in_alphabet, one_line, portions
@@ -29,26 +30,28 @@ _PARAMS_AND_TAGS_PER_BATCH = 100
 _FLUSH_SECONDS = 1.0
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Record one run; the reply stands alone on stdout, everything else that talks goes to stderr."""
     reply_to = os.dup(1)
     os.dup2(2, 1)
     try:
-        reply = record(Lines(0))
+        reply = record(Lines(0, parent=int(sys.argv[1])))
         code = 0
     except Exception as error:
         reply = {"error": one_line(error)}
         code = 1
     os.write(reply_to, json.dumps(reply).encode())
-    return code
+    sys.stderr.flush()
+    # all is written; the stage waits for this process, and MLflow takes its time to be taken down
+    os._exit(code)
 
 
 class Lines:
     """Messages from a pipe, in whatever portions they come; the end of the pipe or of the parent ends them."""
 
-    def __init__(self, handle: int) -> None:
+    def __init__(self, handle: int, *, parent: int) -> None:
         self._handle = handle
-        self._parent = os.getppid()
+        self._parent = parent
         self._rest = b""
         self.ended = False
 
@@ -97,7 +100,10 @@ class Run:
         self._registered: list[Registered] = []
         # asked first: the stage may end, and with it the way up to DVC, while MLflow is being imported
         group = store.invocation()
+        # importing MLflow makes a million objects that stay: looking for garbage among them costs a sixth of its time
+        gc.disable()
         self._client: MlflowClient = store.connect(self._root)
+        gc.enable()
         experiment = store.experiment_id(self._client, self._root)
         self._parent = store.parent_run(self._client, experiment, group) if group else None
         self._id = self._create(experiment, start)
@@ -186,4 +192,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

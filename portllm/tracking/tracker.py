@@ -136,19 +136,23 @@ class Recorder:
     """The child process and the thread that feeds it: a full pipe or a dead child never blocks the stage."""
 
     def __init__(self, cwd: Path) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the child
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        # its own session: Ctrl-C and a kill of the group reach the stage; the child then sees the pipe's end
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "portllm.tracking"],
-            cwd=cwd,
-            env=_child_environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            bufsize=0,
-            start_new_session=True,
-        )
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the child
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "portllm.tracking", str(os.getpid())],
+                cwd=cwd,
+                env=_child_environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                bufsize=0,
+                # its own session: Ctrl-C and a kill of the group reach the stage; the child then sees the pipe's end
+                start_new_session=True,
+            )
+        except OSError:
+            self._errors.close()
+            raise
         self._feeder = threading.Thread(target=self._feed, name="portllm-tracking", daemon=True)
         self._feeder.start()
 
