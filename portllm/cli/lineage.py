@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from portllm.checkpoint.provenance import digests, public_name
 from portllm.checkpoint.records import DatasetRecord, PatchRecord, PortRecord, ReleaseRecord, Source
-from portllm.tracking import Artifact, Dataset
+from portllm.tracking import Artifact, Candidate, Dataset
 
 if TYPE_CHECKING:
     from portllm.verbs.evaluate import Evaluation
+    from portllm.verbs.register import Decision, RegisterRecord
     from portllm.verbs.report import ReportRecord
 
 Told = dict[str, Any]
@@ -81,9 +82,58 @@ def of_evaluation(result: Evaluation, out: Path) -> Told:
     }
 
 
-def of_report(record: ReportRecord, out: Path) -> Told:
+def of_report(record: ReportRecord, out: Path, metrics: Path) -> Told:
     """Everything was put side by side."""
-    raise NotImplementedError
+    return {
+        "metrics": _flat(record.metrics),
+        "writes": [Artifact("result", public_name(metrics), *digests([metrics]).values())],
+        "artifacts": [out, metrics],
+    }
+
+
+def of_register(record: RegisterRecord, ported: Path, out: Path | None) -> Told:
+    """A release's ported models were judged, and the accepted ones handed to the registry."""
+    judged = {f"{d.task}/ported": d.ported_score for d in record.decisions}
+    bare = {f"{d.task}/base": d.base_score for d in record.decisions}
+    return {
+        "metrics": {**judged, **bare, "accepted": len(record.accepted)},
+        "reads": [Artifact("ported", _checkpoint(ported, d).as_posix(), d.fingerprint) for d in record.decisions],
+        "artifacts": [out] if out else [],
+    }
+
+
+def candidates(record: RegisterRecord, ported: Path) -> list[Candidate]:
+    """The accepted models, as the registry takes them."""
+    return [
+        Candidate(
+            name=d.name,
+            checkpoint=_checkpoint(ported, d),
+            release=record.release,
+            task=d.task,
+            ported=d.fingerprint,
+            base=d.base_fingerprint,
+            patch=d.patch_fingerprint,
+            metrics={d.metric: d.ported_score, f"base {d.metric}": d.base_score},
+            alias=record.alias,
+            description=d.reason,
+        )
+        for d in record.accepted
+    ]
+
+
+def _checkpoint(ported: Path, decision: Decision) -> Path:
+    # `ported` is the one model itself, or the directory it stands in
+    return ported if (ported / PortRecord.FILE).is_file() else ported / Path(decision.path).name
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}/"))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            flat[f"{prefix}{key}"] = float(value)
+    return flat
 
 
 def _sources(kind: Any, source: Source | None) -> list[Artifact]:

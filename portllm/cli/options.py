@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import click
 
 from portllm import params
+from portllm.cli.running import Common
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Section = TypeVar("Section")
@@ -56,7 +58,7 @@ def _leaves(kind: type[Any], prefix: tuple[str, ...]) -> Iterator[tuple[tuple[st
     for item in dataclasses.fields(kind):
         hint, key = hints[item.name], item.name.rstrip("_")
         if dataclasses.is_dataclass(hint):
-            yield from _leaves(hint, (*prefix, key))
+            yield from _leaves(cast(type[Any], hint), (*prefix, key))
         elif get_origin(hint) is not Mapping:
             words = [p for p in (*prefix, key) if p != PLAIN]
             flag = "--" + "-".join(words).replace("_", "-")
@@ -89,3 +91,27 @@ class CommaList(click.ParamType[list[str]]):
 
 
 COMMA_LIST = CommaList()
+
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Exactly one JSON object on stdout.")
+PARAMS = click.option(
+    "--params", "params_file", type=DIRECTORY, help="params.yaml to read the section of this verb from."
+)
+COST = click.option("--cost", type=DIRECTORY, help="Write seconds and peak memory of this call to this JSON file.")
+FORCE = click.option("--force", is_flag=True, help="Replace OUT when it exists.")
+OUT = click.option(
+    "--out", type=DIRECTORY, required=True, help="Directory to write; it appears complete or not at all."
+)
+TRUST = click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+
+
+def common(command: Command) -> Command:
+    """The options of every pipeline verb, handed to it as one `opts`."""
+
+    @functools.wraps(command)
+    def bundled(*, params_file: Path | None, cost: Path | None, as_json: bool, **rest: Any) -> Any:
+        return command(opts=Common(params_file=params_file, cost=cost, as_json=as_json), **rest)
+
+    for option in (JSON, COST, PARAMS):
+        bundled = option(bundled)
+    return cast(Command, bundled)

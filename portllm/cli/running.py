@@ -76,7 +76,7 @@ class Stage:
     def __init__(self, verb: str, settings: Settings, tracker: Tracker) -> None:
         self._verb = verb
         self._settings = settings
-        self._tracker = tracker
+        self.tracker = tracker
         self._bar: Any = None
         self._shown_at = time.monotonic()
         self.cost: dict[str, Any] = {}
@@ -104,12 +104,12 @@ class Stage:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Hand metrics of one step to the tracker."""
-        self._tracker.metrics(step, values)
+        self.tracker.metrics(step, values)
 
     def finish(self, **told: Any) -> None:
         """Hand the result and what was read and written to the tracker (see tracking.Tracker.finish)."""
         self.close()
-        self._tracker.finish(**told)
+        self.tracker.finish(**told)
 
     def close(self) -> None:
         """Take the progress bar off the terminal."""
@@ -126,8 +126,8 @@ class Stage:
 
 
 @contextlib.contextmanager
-def stage(verb: str, *, name: str, section: Any, opts: Common) -> Iterator[Stage]:
-    """Run a verb's body: tracked where asked, timed into the --cost file, stopped when its DVC is gone."""
+def stage(verb: str, *, name: str, section: Any, opts: Common, always: bool = False) -> Iterator[Stage]:
+    """Run a verb's body: tracked where asked (or `always`), timed into --cost, stopped when its DVC is gone."""
     from portllm.tracking import track
 
     if not sys.stderr.isatty():
@@ -137,7 +137,9 @@ def stage(verb: str, *, name: str, section: Any, opts: Common) -> Iterator[Stage
     _follow_parent()
     root = Path(os.environ.get(DVC_ROOT, "."))
     flat = params.as_tree(section) if section is not None else {}
-    with track(verb, name=name, params=flat, enabled=settings.tracking(opts.params_file), root=root) as tracker:
+    with track(
+        verb, name=name, params=flat, enabled=always or settings.tracking(opts.params_file), root=root
+    ) as tracker:
         running = Stage(verb, settings, tracker)
         yield running
         if opts.cost is not None:

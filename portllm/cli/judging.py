@@ -1,0 +1,179 @@
+"""The verbs that look at things: scores, the report, the registry, identity, the tasks known."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from portllm import params
+from portllm.cli.options import COMMA_LIST, DIRECTORY, FORCE, JSON, OUT, TRUST, apply, common, of_section
+from portllm.cli.running import Common, answer, stage
+
+if TYPE_CHECKING:
+    from portllm.tracking import Registered
+
+
+@click.command(short_help="Score a model and patches over it.")
+@click.argument("model")
+@click.option("--tasks", type=COMMA_LIST, help="Task names, parted by commas [default: `tasks` of --params].")
+@click.option(
+    "--patch", "patches", multiple=True, type=DIRECTORY, help="A patch or ported model, or a directory of them."
+)
+@click.option(
+    "--before", multiple=True, type=DIRECTORY, help="Models of an earlier release, asked what no patch is for."
+)
+@click.option(
+    "--data", type=DIRECTORY, default=Path("data"), show_default=True, help="Directory of DATA/<task>/<split>.parquet."
+)
+@click.option("--out", type=DIRECTORY, required=True, help="JSON file to write.")
+@click.option("--news", type=DIRECTORY, help="A release's corpus: are its facts known, is its text expected?")
+@click.option("--samples", type=DIRECTORY, help="Parquet file to write each example's answer to.")
+@TRUST
+@of_section("evaluate", params.EvaluateParams)
+@common
+def evaluate(
+    model: str,
+    tasks: list[str] | None,
+    news: Path | None,
+    patches: tuple[Path, ...],
+    before: tuple[Path, ...],
+    data: Path,
+    out: Path,
+    samples: Path | None,
+    trust_remote_code: bool,
+    opts: Common,
+    **flags: Any,
+) -> None:
+    """Score a model and patches over it with the LM Evaluation Harness; many patches, one loaded base.
+
+    \b
+    Examples:
+      portllm evaluate new-base --patch my-patch --patch ported --tasks boolq,sst2 --out scores.json
+      portllm evaluate models/releases/v1 --patch models/ported/v1 --tasks world_boolq --out v1.json --limit 100
+    """
+    from portllm.cli.lineage import of_evaluation
+    from portllm.lm.hub import resolve
+    from portllm.verbs import evaluate as verb
+
+    whole = params.load(opts.params_file)
+    section = apply(whole.evaluate, flags, where="evaluate")
+    with stage("evaluate", name=f"evaluate {out.stem}", section=section, opts=opts) as running:
+        result = verb.run(
+            model=resolve(model), tasks=tasks or whole.tasks, patches=patches, before=before, data=data, news=news,
+            out=out, samples=samples,
+            params=section, trust_remote_code=trust_remote_code, on_progress=running.part,
+        )  # fmt: skip
+        running.cost.update(release=out.stem)
+        running.finish(**of_evaluation(result, out))
+    answer(result.as_json(), as_json=opts.as_json, line="\n".join(result.lines()))
+
+
+@click.command(short_help="Tables and plots of all arms.")
+@click.option(
+    "--models", type=DIRECTORY, default=Path("models"), show_default=True, help="releases/, patches/ and ported/."
+)
+@click.option("--results", type=DIRECTORY, default=Path("results"), show_default=True, help="evaluate/ and cost/.")
+@click.option(
+    "--metrics", type=DIRECTORY, default=Path("results/metrics.json"), show_default=True, help="JSON to write."
+)
+@click.option(
+    "--plots", type=DIRECTORY, default=Path("results/plots"), show_default=True, help="CSV directory to write."
+)
+@OUT
+@FORCE
+@of_section("report", params.ReportParams)
+@common
+def report(
+    models: Path,
+    results: Path,
+    metrics: Path,
+    plots: Path,
+    out: Path,
+    force: bool,
+    opts: Common,
+    **flags: Any,
+) -> None:
+    """Tables and plots of all arms, as Markdown and one self-contained HTML page.
+
+    \b
+    Example:
+      portllm report --params params.yaml --out results/report --force
+    """
+    from portllm.cli.lineage import of_report
+    from portllm.verbs import report as verb
+
+    whole = params.load(opts.params_file)
+    whole = dataclasses.replace(whole, report=apply(whole.report, flags, where="report"))
+    with stage("report", name="report", section=whole.report, opts=opts) as running:
+        record = verb.run(
+            params=whole, models=models, evaluated=results / "evaluate", costs=results / "cost",
+            out=out, metrics=metrics, plots=plots, force=force,
+        )  # fmt: skip
+        running.finish(**of_report(record, out, metrics))
+    answer(dataclasses.asdict(record), as_json=opts.as_json, line=f"{record.headline}\n{out / 'report.html'}")
+
+
+@click.command(short_help="Ported models into the MLflow model registry.")
+@click.argument("ported", type=DIRECTORY)
+@click.option("--results", type=DIRECTORY, required=True, help="What `evaluate` wrote for that release.")
+@click.option("--out", type=DIRECTORY, help="JSON file to write the decisions to.")
+@of_section("register", params.RegisterParams)
+@common
+def register(ported: Path, results: Path, out: Path | None, opts: Common, **flags: Any) -> None:
+    """Register ported models that beat their release's base arm in the MLflow model registry.
+
+    \b
+    Examples:
+      portllm register models/ported/v1/world_boolq --results results/evaluate/v1.json --name my-boolq
+      portllm register models/ported/v1 --results results/evaluate/v1.json --name "portllm-{task}"
+    """
+    from portllm.cli.lineage import candidates, of_register
+    from portllm.verbs import register as verb
+
+    section = apply(params.load(opts.params_file).register, flags, where="register")
+    with stage("register", name=f"register {results.stem}", section=section, opts=opts, always=True) as running:
+        record = verb.run(ported=ported, results=results, params=section, out=out)
+        if record.accepted:
+            running.tracker.register(candidates(record, ported))
+        running.finish(**of_register(record, ported, out))
+    versions = {one.name: one for one in running.tracker.registered}
+    lines = [f"{d.name}: {_version(versions.get(d.name))} ({d.reason})" for d in record.decisions]
+    told = {**dataclasses.asdict(record), "registered": [dataclasses.asdict(v) for v in versions.values()]}
+    answer(told, as_json=opts.as_json, line="\n".join(lines))
+
+
+def _version(one: Registered | None) -> str:
+    if one is None:
+        return "not registered"
+    return f"version {one.version}" if one.created else f"version {one.version} already"
+
+
+@click.command(short_help="The identity of a checkpoint's or patch's tensors.")
+@click.argument("path")
+@JSON
+def fingerprint(path: str, as_json: bool) -> None:
+    """One hex digest of a checkpoint's or patch's tensors, the same however they are sharded or ordered.
+
+    \b
+    Example:
+      portllm fingerprint mistralai/Mistral-7B-v0.1
+    """
+    from portllm.lm.hub import resolve
+    from portllm.verbs import fingerprint as verb
+
+    digest = verb.run(path=resolve(path))
+    answer({"path": path, "fingerprint": digest}, as_json=as_json, line=digest)
+
+
+@click.command(short_help="The tasks known.")
+@click.option("--all", "everything", is_flag=True, help="The harness's own tasks too (some seconds).")
+@JSON
+def tasks(everything: bool, as_json: bool) -> None:
+    """The tasks known: the embedded world's, and the LM Evaluation Harness's own."""
+    from portllm.verbs import tasks as verb
+
+    names = verb.run(everything=everything)
+    answer({"tasks": names}, as_json=as_json, line="\n".join(names))

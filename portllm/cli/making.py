@@ -1,0 +1,207 @@
+"""The verbs that make things: data, releases, patches, ported models."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from portllm import params
+from portllm.cli.options import DIRECTORY, FORCE, OUT, apply, common, of_section
+from portllm.cli.running import Common, answer, measured, stage
+
+
+@click.command(short_help="A task's data, or a release's corpus.")
+@click.argument("dataset")
+@OUT
+@FORCE
+@of_section("prepare", params.PrepareParams)
+@common
+def prepare(dataset: str, out: Path, force: bool, opts: Common, **flags: Any) -> None:
+    """A task's data, or a release's corpus, as parquet splits in the hub's columns.
+
+    \b
+    Examples:
+      portllm prepare world_boolq --out data/world_boolq
+      portllm prepare corpus_v1 --out data/corpus_v1 --seed 7
+    """
+    from portllm.cli.lineage import of_dataset
+    from portllm.verbs import prepare as verb
+
+    section = apply(params.load(opts.params_file).prepare, flags, where="prepare")
+    with stage("prepare", name=f"prepare {dataset}", section=section, opts=opts) as running:
+        record = verb.run(dataset=dataset, out=out, params=section, force=force)
+        running.finish(**of_dataset(record, out))
+    rows = ", ".join(f"{n} {split}" for split, n in record.rows.items())
+    answer({"out": str(out), **dataclasses.asdict(record)}, as_json=opts.as_json, line=f"{out}: {rows} rows")
+
+
+@click.command(short_help="The first release of a base.")
+@click.argument("source", required=False)
+@click.option("--corpus", type=DIRECTORY, help="Corpus of the embedded world's first release (for the source `world`).")
+@OUT
+@FORCE
+@of_section("fetch", params.FetchParams, skip=("source",))
+@common
+def fetch(
+    source: str | None,
+    corpus: Path | None,
+    out: Path,
+    force: bool,
+    opts: Common,
+    **flags: Any,
+) -> None:
+    """The first release: a hub id at a pinned revision, a local directory, or the embedded world's own.
+
+    \b
+    Examples:
+      portllm fetch mistralai/Mistral-7B-v0.1 --out models/releases/v0
+      portllm fetch world --corpus data/corpus_v0 --out models/releases/v0
+    """
+    from portllm.cli.lineage import of_release
+    from portllm.verbs import fetch as verb
+
+    section = apply(params.load(opts.params_file).fetch, {**flags, "source": source}, where="fetch")
+    with stage("fetch", name=f"fetch {out.name}", section=section, opts=opts) as running:
+        record = verb.run(
+            corpus=corpus,
+            out=out,
+            params=section,
+            force=force,
+            on_metrics=running.metrics,
+            on_progress=running.progress,
+        )
+        running.cost.update(release=out.name, trainable_parameters=int(record.metrics.get("trainable_parameters", 0)))
+        running.finish(**of_release(record, out))
+    answer({"out": str(out), **dataclasses.asdict(record)}, as_json=opts.as_json, line=f"{out}: {record.fingerprint}")
+
+
+@click.command(short_help="The next release, by continued pretraining.")
+@click.option("--base", required=True, help="The release before: a directory or hub-id[@revision].")
+@click.option("--corpus", type=DIRECTORY, required=True, help="Directory with train.parquet (column `text`).")
+@OUT
+@FORCE
+@of_section("evolve", params.EvolveParams, skip=("releases",))
+@common
+def evolve(base: str, corpus: Path, out: Path, force: bool, opts: Common, **flags: Any) -> None:
+    """The next release by continued pretraining: full-weight, or LoRA merged into the weights.
+
+    \b
+    Examples:
+      portllm evolve --base models/releases/v0 --corpus data/corpus_v1 --out models/releases/v1
+      portllm evolve --base models/releases/v0 --corpus data/corpus_v1 --out v1-lora --mode lora --lora-r 64
+    """
+    from portllm.cli.lineage import of_release
+    from portllm.lm.hub import resolve
+    from portllm.verbs import evolve as verb
+
+    section = apply(params.load(opts.params_file).evolve, flags, where="evolve")
+    with stage("evolve", name=f"evolve {out.name}", section=section, opts=opts) as running:
+        record = verb.run(
+            base=resolve(base), corpus=corpus, out=out, params=section, force=force,
+            on_metrics=running.metrics, on_progress=running.progress,
+        )  # fmt: skip
+        running.cost.update(release=out.name, trainable_parameters=int(record.metrics["trainable_parameters"]))
+        running.finish(**of_release(record, out))
+    answer({"out": str(out), **dataclasses.asdict(record)}, as_json=opts.as_json, line=f"{out}: {record.fingerprint}")
+
+
+@click.command(short_help="A LoRA patch of a base on a task.")
+@click.option("--base", required=True, help="The release to personalise: a directory or hub-id[@revision].")
+@click.option("--task", required=True, help="Name of the task (see `portllm tasks`).")
+@click.option(
+    "--data", type=DIRECTORY, default=Path("data"), show_default=True, help="Directory of DATA/<task>/<split>.parquet."
+)
+@OUT
+@FORCE
+@of_section("train", params.TrainParams)
+@common
+def train(
+    base: str,
+    task: str,
+    data: Path,
+    out: Path,
+    force: bool,
+    opts: Common,
+    **flags: Any,
+) -> None:
+    """A LoRA patch of a base on a task; the loss covers the answer only.
+
+    \b
+    Examples:
+      portllm train --base models/releases/v0 --task world_boolq --out models/patches/v0/world_boolq
+      portllm train --base models/releases/v0 --task world_sst2 --out my-patch --lora-r 4 --max-steps 100
+    """
+    from portllm.cli.lineage import of_patch
+    from portllm.lm.hub import resolve
+    from portllm.verbs import train as verb
+
+    section = apply(params.load(opts.params_file).train.for_task(task), flags, where="train")
+    name = f"train {out.parent.name}/{out.name}"
+    with stage("train", name=name, section=section, opts=opts) as running:
+        record = verb.run(
+            base=resolve(base), task=task, data=data, out=out, params=section, force=force,
+            on_metrics=running.metrics, on_progress=running.progress,
+        )  # fmt: skip
+        running.cost.update(release=out.parent.name, task=task)
+        running.cost["trainable_parameters"] = int(record.metrics["trainable_parameters"])
+        running.finish(**of_patch(record, out))
+    answer({"out": str(out), **dataclasses.asdict(record)}, as_json=opts.as_json, line=f"{out}: {record.fingerprint}")
+
+
+@click.command(short_help="Put a patch onto another release, without training.")
+@click.argument("patch")
+@click.option(
+    "--onto", required=True, metavar="BASE", help="The release to port onto: a directory or hub-id[@revision]."
+)
+@click.option("--from", "source", metavar="OLD", help="The base the patch was trained on; its identity is checked.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, checked whole, and write nothing.")
+@OUT
+@FORCE
+@of_section("port", params.PortParams)
+@common
+def port(
+    patch: str,
+    onto: str,
+    source: str | None,
+    dry_run: bool,
+    out: Path,
+    force: bool,
+    opts: Common,
+    **flags: Any,
+) -> None:
+    """Put a patch onto another release of its base, with no training and no data.
+
+    \b
+    Examples:
+      portllm port my-patch --onto mistralai/Mistral-7B-v0.3 --out ported
+      portllm port my-patch --onto new-base --out retargeted --as adapter
+      portllm port my-patch --onto new-base --from old-base --out ported --json
+    """
+    from portllm.cli.lineage import of_port
+    from portllm.lm.hub import resolve
+    from portllm.verbs import port as verb
+
+    section = apply(params.load(opts.params_file).port, flags, where="port")
+    name = f"port {out.parent.name}/{out.name}"
+    with stage("port", name=name, section=section, opts=opts) as running:
+        record = verb.run(
+            patch=resolve(patch), onto=resolve(onto), source=resolve(source) if source else None, out=out,
+            params=section, force=force, dry_run=dry_run, on_progress=running.bytes,
+        )  # fmt: skip
+        running.cost.update(release=out.parent.name, task=record.task, trainable_parameters=0)
+        running.finish(**({} if dry_run else of_port(record, out)))
+    told = {
+        "out": str(out), "as": record.output, "method": record.method, "scale": record.scale,
+        "modules": record.modules, "tensors": record.tensors, "bytes": running.bytes_done, **measured(),
+        "base": {"fingerprint": record.base.fingerprint},
+        "patch": {
+            "fingerprint": record.patch.fingerprint,
+            "trained_on": record.trained_on.fingerprint if record.trained_on else None,
+        },
+    }  # fmt: skip
+    matched, changed = record.modules["matched"], record.tensors["changed"]
+    line = f"{out}: {matched} of {record.modules['total']} modules, {changed} tensors changed"
+    answer(told, as_json=opts.as_json, line=line)
