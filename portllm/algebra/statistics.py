@@ -18,7 +18,8 @@ def wilson(successes: float, total: int) -> tuple[float, float]:
     centre = share + Z95**2 / (2 * total)
     half = Z95 * math.sqrt(share * (1 - share) / total + Z95**2 / (4 * total**2))
     scale = 1 + Z95**2 / total
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    # at 0 and 1 the interval ends at the share itself, which rounding would miss
+    return max(0.0, min(share, (centre - half) / scale)), min(1.0, max(share, (centre + half) / scale))
 
 
 def bootstrap_difference(wins: int, ties: int, losses: int, *, samples: int, seed: int) -> tuple[float, float]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
-import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,175 +14,275 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
-from portllm.checkpoint.records import ReleaseRecord
 from portllm.errors import DataError, OutputError
-from portllm.params import EvolveParams, Params, ReleaseParams, ReportParams
+from portllm.reporting import pictures
 from portllm.verbs import report
 
-TASKS = ("world_boolq", "world_sst2", "world_mrpc", "world_gsm8k")
-# chance of a right answer: base, tuned or retuned, ported
-SKILL = {"world_boolq": (0.5, 0.95, 0.85), "world_sst2": (0.52, 0.99, 0.97), "world_mrpc": (0.5, 0.98, 0.96)}
-ARITHMETIC = (0.02, 0.8, 0.62)
-RECALL = {
-    "base": (0.99, 0.97, 0.98),
-    "retuned": (0.97, 0.96, 0.97),
-    "ported": (0.92, 0.9, 0.95),
-    "old": (0.03, 0.02, 0.96),
-}
-PERPLEXITY = {"base": 2.1, "retuned": 2.2, "ported": 2.3, "old": 5.3}
+Fabricate = Callable[..., Any]
 
 
-class Tree:
-    """A project directory after every stage before report, small and seeded."""
-
-    def __init__(
-        self, root: Path, *, tasks: Sequence[str] = TASKS, releases: Sequence[str] = ("v0", "v1", "v2"),
-        retuned: bool = True, layers: int = 2, rows: int = 60, kinds: Sequence[str] = ("q_proj", "v_proj"),
-    ) -> None:  # fmt: skip
-        self.root, self.tasks, self.releases = root, tuple(tasks), tuple(releases)
-        self.retuned, self.rows = retuned, rows
-        self.layers, self.kinds = layers, tuple(kinds)
-        self.random = random.Random(0)
-        torch.manual_seed(0)
-        recipes = {r: ReleaseParams(base=self.releases[i]) for i, r in enumerate(releases[1:])}
-        self.params = Params(
-            tasks=self.tasks,
-            releases=self.releases,
-            evolve=EvolveParams(releases=recipes),
-            report=ReportParams(bootstrap_samples=200),
-        )
-        self._releases()
-        self._patches()
-        self._evaluations()
-        self._costs()
-
-    def paths(self, **changes: Path) -> dict[str, Path]:
-        results = self.root / "results"
-        known = {
-            "models": self.root / "models",
-            "evaluated": results / "evaluate",
-            "costs": results / "cost",
-            "out": results / "report",
-            "metrics": results / "metrics.json",
-            "plots": results / "plots",
-        }
-        return {**known, **changes}
-
-    def run(self, **options: Any) -> report.ReportRecord:
-        return report.run(params=self.params, **self.paths(), **options)
-
-    def release(self, name: str) -> Path:
-        return self.root / "models" / "releases" / name
-
-    def _releases(self) -> None:
-        shapes = {"model.embed_tokens.weight": (12, 8), "lm_head.weight": (12, 8), "model.norm.weight": (8,)}
-        for layer in range(self.layers):
-            shapes |= {f"model.layers.{layer}.self_attn.{kind}.weight": (8, 8) for kind in self.kinds}
-            shapes[f"model.layers.{layer}.input_layernorm.weight"] = (8,)
-        weights = {name: torch.randn(shape) for name, shape in shapes.items()}
-        for i, name in enumerate(self.releases):
-            folder = self.release(name)
-            folder.mkdir(parents=True)
-            drift = 0.1 if i else 0.0
-            weights = {key: w + drift * torch.rand(()) * torch.randn_like(w) for key, w in weights.items()}
-            save_file(weights, folder / "model.safetensors")
-            (folder / "config.json").write_text('{"model_type": "llama"}')
-            probe = {task: 0.97 - 0.02 * i for task in self.tasks}
-            ReleaseRecord(fingerprint=f"{i:064x}", probe=probe).write(folder)
-
-    def _patches(self) -> None:
-        for release in self.releases if self.retuned else self.releases[:1]:
-            for task in self.tasks:
-                folder = self.root / "models" / "patches" / release / task
-                folder.mkdir(parents=True)
-                tensors = {}
-                for layer in range(self.layers):
-                    for kind in self.kinds:
-                        name = f"base_model.model.model.layers.{layer}.self_attn.{kind}"
-                        tensors[f"{name}.lora_A.weight"] = torch.randn(2, 8)
-                        tensors[f"{name}.lora_B.weight"] = 0.1 * torch.randn(8, 2)
-                save_file(tensors, folder / "adapter_model.safetensors")
-                config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": list(self.kinds)}
-                (folder / "adapter_config.json").write_text(json.dumps(config))
-                losses = (3.2 * 0.75**step + self.random.uniform(0.02, 0.06) for step in range(20))
-                lines = [f"{10 * step + 1},{loss:.5f},0.004" for step, loss in enumerate(losses)]
-                (folder / "history.csv").write_text("\n".join(["step,loss,learning_rate", *lines]) + "\n")
-
-    def _evaluations(self) -> None:
-        (self.root / "results" / "evaluate").mkdir(parents=True)
-        for i, release in enumerate(self.releases):
-            results, samples = [], []
-            for task in self.tasks:
-                base, best, ported = SKILL.get(task, ARITHMETIC)
-                arms = (
-                    {"base": base, "tuned": best, "ported": ported - 0.05 * i} if i else {"base": base, "tuned": best}
-                )
-                if i and not self.retuned:
-                    del arms["tuned"]
-                for arm, skill in arms.items():
-                    rows = [self._sample(task, arm, doc, skill) for doc in range(self.rows)]
-                    results.append(self._result(task, arm, rows))
-                    samples += rows
-                if not i:
-                    rows = [{**row, "arm": "ported"} for row in rows]
-                    results.append(self._result(task, "ported", rows))
-                    samples += rows
-            if i:
-                results += self._knowledge(f"world_{release}")
-            write_evaluation(self.root, release, results, samples)
-
-    def _sample(self, task: str, arm: str, doc: int, skill: float) -> dict[str, Any]:
-        # an example is easy or hard for every arm alike, so that pairing says something
-        ease = random.Random(f"{task}{doc}").random() * 0.9 + self.random.random() * 0.1
-        row = {"task": task, "arm": arm, "patch_task": None if arm == "base" else task, "doc_id": doc}
-        return {**row, "correct": ease < skill, "answer": "yes", "target": "yes"}
-
-    def _result(self, task: str, arm: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        share = sum(row["correct"] for row in rows) / len(rows)
-        name = "exact_match,strict-match" if "gsm8k" in task else "acc,none"
-        patch = None if arm == "base" else f"models/{arm}/{task}"
-        return {
-            "task": task, "patch": patch, "arm": arm, "patch_task": patch and task,
-            "metrics": {name: share, "format,none": 0.995}, "samples": len(rows),
-        }  # fmt: skip
-
-    def _knowledge(self, corpus: str) -> list[dict[str, Any]]:
-        rows = []
-        arms = [("base", None)] + [(arm, t) for t in self.tasks for arm in ("tuned", "ported", "old")]
-        for arm, task in arms:
-            recall = RECALL["retuned" if arm == "tuned" else arm]
-            noise = self.random.uniform(0.9, 1.0)
-            kinds = {
-                f"acc_{kind},none": share * noise
-                for kind, share in zip(("changed", "new", "kept"), recall, strict=True)
-            }
-            perplexity = PERPLEXITY["retuned" if arm == "tuned" else arm] / noise
-            shared = {"patch": None, "arm": arm, "patch_task": task, "samples": 50}
-            rows.append({"task": f"{corpus}_recall", "metrics": {**kinds, "acc,none": sum(recall) / 3}, **shared})
-            rows.append({"task": f"{corpus}_perplexity", "metrics": {"word_perplexity,none": perplexity}, **shared})
-        return rows
-
-    def _costs(self) -> None:
-        for release in self.releases:
-            for task in self.tasks:
-                for stage, took, peak in (("train", 14.0, 800), ("port", 3.0, 300)):
-                    if stage == "train" and release != self.releases[0] and not self.retuned:
-                        continue
-                    folder = self.root / "results" / "cost" / stage
-                    folder.mkdir(parents=True, exist_ok=True)
-                    cost = {
-                        "stage": stage, "release": release, "task": task, "wall_seconds": took + self.random.random(),
-                        "peak_rss_bytes": (peak + self.random.randrange(40)) * 2**20,
-                        "trainable_parameters": 20480 if stage == "train" else 0,
-                    }  # fmt: skip
-                    (folder / f"{release}-{task}.json").write_text(json.dumps(cost))
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    tree = json.loads(path.read_text())
+    change(tree)
+    path.write_text(json.dumps(tree))
 
 
-def write_evaluation(root: Path, release: str, results: Sequence[Any], samples: Sequence[Any]) -> None:
-    folder = root / "results" / "evaluate"
-    tree = {"schema_version": 1, "release": release, "model": {}, "results": results}
-    (folder / f"{release}.json").write_text(json.dumps(tree))
-    pq.write_table(pa.Table.from_pylist(list(samples)), folder / f"{release}.samples.parquet")
+@pytest.fixture(scope="module")
+def made(fabricate: Fabricate, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, report.ReportRecord]:
+    """One tree reported once, only read by the tests below."""
+    tree = fabricate(tmp_path_factory.mktemp("project"))
+    return tree, tree.run()
+
+
+@pytest.fixture
+def small(fabricate: Fabricate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A tree of one task and two releases, to be broken; no pictures are drawn."""
+    monkeypatch.setattr(pictures, "draw", lambda _: {})
+    return fabricate(tmp_path, tasks=("world_sst2",), releases=("v0", "v1"), rows=12, layers=1)
+
+
+class Page(HTMLParser):
+    """What a page would load, the ids it has, and those it points to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.ids: list[str] = []
+        self.targets: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("href", "xlink:href") and (value or "").startswith("#"):
+                self.targets.append((value or "")[1:])
+            elif (value or "").startswith("data:"):
+                continue
+            elif name in ("src", "srcset", "href", "xlink:href", "action", "data") or tag in (
+                "script",
+                "iframe",
+                "link",
+            ):
+                self.loads.append(f"{tag} {name}={value}")
+
+
+def test_everything_is_written(made: tuple[Any, report.ReportRecord]) -> None:
+    tree, record = made
+    paths = tree.paths()
+    pictures = {f"{name}.svg" for name in ("arms", "knowledge", "drift", "training", "cost")}
+    assert {p.name for p in paths["out"].iterdir()} == {"report.md", "report.html"} | pictures
+    assert {p.name for p in paths["plots"].iterdir()} == {"scores.csv", "knowledge.csv", "training.csv", "drift.csv"}
+    assert json.loads(paths["metrics"].read_text()) == record.metrics
+    assert not list(tree.root.rglob("*.partial"))
+
+
+def test_the_page_is_whole_and_loads_nothing(made: tuple[Any, report.ReportRecord]) -> None:
+    text = (made[0].paths()["out"] / "report.html").read_text()
+    page = Page(text)
+    assert page.loads == []
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert len(page.ids) == len(set(page.ids))
+    assert set(page.targets) <= set(page.ids)
+    assert made[1].headline.split(". ")[0] in html.unescape(text)
+    for task in made[0].tasks:
+        assert task in text
+
+
+def test_markdown_and_page_tell_the_same_numbers(made: tuple[Any, report.ReportRecord]) -> None:
+    out = made[0].paths()["out"]
+    markdown, page = (out / "report.md").read_text(), (out / "report.html").read_text()
+    assert made[1].headline in markdown
+    numbers = re.findall(r"(?<=\| )[−+]?\d+\.\d+(?= \|)", markdown)
+    assert len(numbers) > 100
+    assert all(number in page for number in numbers)
+    assert all((out / name).is_file() for name in re.findall(r"\]\((\S+\.svg)\)", markdown))
+
+
+def test_scores_and_differences_are_those_of_the_samples(made: tuple[Any, report.ReportRecord]) -> None:
+    tree, record = made
+    folder = tree.paths()["evaluated"]
+    v0, v1 = (pq.read_table(folder / f"{r}.samples.parquet").to_pylist() for r in ("v0", "v1"))
+
+    def right(rows: Sequence[Mapping[str, Any]], arm: str) -> list[bool]:
+        return [r["correct"] for r in rows if (r["task"], r["arm"]) == ("world_boolq", arm)]
+
+    found = record.metrics["v1"]["world_boolq"]
+    tuned, base, ported, retuned = right(v0, "tuned"), right(v1, "base"), right(v1, "ported"), right(v1, "tuned")
+    share = {name: sum(rows) / len(rows) for name, rows in (("base", base), ("ported", ported), ("retuned", retuned))}
+    assert {name: found[name] for name in share} == pytest.approx(share, abs=1e-6)
+    gain = (share["ported"] - share["base"]) / (share["retuned"] - share["base"])
+    assert found["recovery"] == pytest.approx(gain, abs=1e-6)
+    assert found["difference"] == pytest.approx(share["ported"] - share["retuned"], abs=1e-6)
+    flipped = sum(a and not b for a, b in zip(tuned, ported, strict=True)) / len(tuned)
+    assert found["negative_flips"] == pytest.approx(flipped, abs=1e-6)
+
+
+def test_drift_and_residual_are_those_of_the_weights(made: tuple[Any, report.ReportRecord]) -> None:
+    tree, record = made
+    old, new = (load_file(tree.release(r) / "model.safetensors") for r in ("v0", "v2"))
+    moved = sum(float((new[k].double() - old[k].double()).square().sum()) for k in old) ** 0.5
+    size = sum(float(old[k].double().square().sum()) for k in old) ** 0.5
+    assert record.metrics["v2"]["drift"]["from_v0"] == pytest.approx(moved / size, abs=1e-6)
+    assert set(record.metrics["v2"]["drift"]) == {"from_v0", "from_v1"}
+
+    patches = tree.root / "models" / "patches"
+    deltas = []
+    for release in ("v0", "v2"):
+        factors = load_file(patches / release / "world_sst2" / "adapter_model.safetensors")
+        names = sorted(k for k in factors if "lora_A" in k)
+        deltas.append([2.0 * factors[k.replace("lora_A", "lora_B")] @ factors[k] for k in names])
+    residual = sum(float((b - a).square().sum()) for a, b in zip(*deltas, strict=True)) ** 0.5
+    patch = sum(float(a.square().sum()) for a in deltas[0]) ** 0.5
+    found = record.metrics["v2"]["residual"]["world_sst2"]
+    assert found["over_patch"] == pytest.approx(residual / patch, rel=1e-4)
+    bases = [new[k.removeprefix("base_model.model.").replace("lora_A.weight", "weight")] for k in names]
+    whole = sum(float((w + a).square().sum()) for w, a in zip(bases, deltas[0], strict=True)) ** 0.5
+    assert found["over_weights"] == pytest.approx(residual / whole, rel=1e-4)
+
+
+def test_the_same_results_give_the_same_bytes(made: tuple[Any, report.ReportRecord], tmp_path: Path) -> None:
+    tree, _ = made
+    again = tree.paths(out=tmp_path / "report", metrics=tmp_path / "metrics.json", plots=tmp_path / "plots")
+    report.run(params=tree.params, **again)
+    before = tree.paths()
+    assert again["metrics"].read_bytes() == before["metrics"].read_bytes()
+    for name in ("out", "plots"):
+        for path in before[name].iterdir():
+            assert (again[name] / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_metrics_and_plots_hold_no_clock(small: Any) -> None:
+    small.run()
+    before = small.paths()["metrics"].read_bytes()
+    for path in small.paths()["costs"].rglob("*.json"):
+        edit(path, lambda cost: cost.update(wall_seconds=99.0, peak_rss_bytes=1))
+    small.run(force=True)
+    assert small.paths()["metrics"].read_bytes() == before
+
+
+def test_a_release_more_needs_no_code(fabricate: Fabricate, tmp_path: Path) -> None:
+    tree = fabricate(tmp_path, tasks=("world_sst2",), releases=("v0", "v1", "v2", "v3"), rows=12, layers=1)
+    record = tree.run()
+    assert set(record.metrics["v3"]["drift"]) == {"from_v0", "from_v2"}
+    assert "On v3 the ported patches" in record.headline
+
+
+def test_without_retuned_arms_costs_or_news_it_still_reports(fabricate: Fabricate, tmp_path: Path) -> None:
+    tree = fabricate(tmp_path, tasks=("world_sst2",), releases=("v0", "v1"), retuned=False, rows=12, layers=1)
+    for path in tree.paths()["costs"].rglob("*.json"):
+        path.unlink()
+    edit(
+        tree.paths()["evaluated"] / "v1.json",
+        lambda found: found.update(results=[r for r in found["results"] if not r["task"].startswith("world_v1")]),
+    )
+    record = tree.run()
+    assert "no re-tuned patch" in record.headline
+    assert "recovery" not in record.metrics["v1"]["world_sst2"]
+    text = (tree.paths()["out"] / "report.md").read_text()
+    assert "R is not known" in text
+    assert "No cost was recorded" in text
+    assert "| world_sst2 |" in text
+
+
+def test_a_model_of_many_layers_and_kinds_is_drawn(fabricate: Fabricate, tmp_path: Path) -> None:
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    tree = fabricate(tmp_path, tasks=("gsm8k",), releases=("v0", "v1"), rows=12, layers=32, kinds=kinds)
+    tree.run()
+    with (tree.paths()["plots"] / "drift.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert {int(row["layer"]) for row in rows if row["layer"]} == set(range(32))
+    assert {row["kind"] for row in rows} == {*kinds, "input_layernorm", "embed_tokens", "lm_head", "norm"}
+
+
+def test_a_failed_probe_marks_the_task_and_keeps_it(small: Any) -> None:
+    edit(small.release("v0") / "release.json", lambda tree: tree.update(probe={"world_sst2": 0.3}))
+    record = small.run()
+    assert "world_sst2 †" in (small.paths()["out"] / "report.md").read_text()
+    assert "knows too little of what world_sst2 asks" in record.headline
+
+
+def test_a_control_that_differs_is_reported(small: Any) -> None:
+    path = small.paths()["evaluated"] / "v0.samples.parquet"
+    rows = pq.read_table(path).to_pylist()
+    ported = [row for row in rows if row["arm"] == "ported"]
+    ported[0]["correct"], ported[1]["correct"] = False, True
+    ported[2]["correct"], ported[3]["correct"] = False, True
+    share = sum(row["correct"] for row in ported) / len(ported)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+    def agree(tree: Any) -> None:
+        for result in tree["results"]:
+            if result["arm"] == "ported":
+                result["metrics"]["acc,none"] = share
+
+    edit(path.with_name("v0.json"), agree)
+    assert "control FAILS" in small.run().headline
+
+
+@pytest.mark.parametrize(
+    ("path", "stage"),
+    [
+        ("results/evaluate/v1.json", "evaluate"),
+        ("results/evaluate/v0.samples.parquet", "evaluate"),
+        ("models/releases/v1", "evolve"),
+        ("models/patches/v0/world_sst2", "train"),
+    ],
+)
+def test_a_missing_input_names_itself_and_its_stage(small: Any, path: str, stage: str) -> None:
+    gone = small.root / path
+    gone.rename(gone.with_name("elsewhere"))
+    with pytest.raises(DataError, match=f"{re.escape(str(gone))}: not found; .*dvc repro {stage}"):
+        small.run()
+    assert not small.paths()["out"].exists()
+    assert not small.paths()["metrics"].exists()
+
+
+def test_wrong_results_are_refused(small: Any) -> None:
+    path = small.paths()["evaluated"] / "v1.json"
+    whole = path.read_text()
+    for change, says in (
+        (lambda tree: tree["results"].append(tree["results"][0]), "two results for world_sst2, arm base"),
+        (lambda tree: tree["results"][0].update(metrics={"acc,none": 0.123}), "samples average"),
+        (lambda tree: tree["results"][0].update(metrics={"f1,none": 0.1}), "no score to report"),
+        (lambda tree: tree["results"].pop(0), "has no base arm on world_sst2"),
+        (lambda tree: tree.pop("results"), "not an evaluation of ours"),
+    ):
+        path.write_text(whole)
+        edit(path, change)
+        with pytest.raises(DataError, match=says):
+            small.run()
+    path.write_text("{")
+    with pytest.raises(DataError, match="not readable JSON"):
+        small.run()
+
+
+def test_an_example_counted_twice_is_refused(small: Any) -> None:
+    path = small.paths()["evaluated"] / "v1.samples.parquet"
+    rows = pq.read_table(path).to_pylist()
+    pq.write_table(pa.Table.from_pylist([*rows, rows[0]]), path)
+    with pytest.raises(DataError, match="two samples of document 0"):
+        small.run()
+
+
+def test_an_existing_report_is_kept_unless_forced(small: Any) -> None:
+    small.run()
+    page = small.paths()["out"] / "report.html"
+    page.write_text("mine")
+    with pytest.raises(OutputError, match="--force"):
+        small.run()
+    assert page.read_text() == "mine"
+    small.run(force=True)
+    assert page.read_text() != "mine"
+
+
+def test_names_cannot_break_the_page(fabricate: Fabricate, tmp_path: Path) -> None:
+    task = "a<b>&|c"
+    tree = fabricate(tmp_path, tasks=(task,), releases=("v0", "v1"), rows=12, layers=1)
+    tree.run()
+    page = (tree.paths()["out"] / "report.html").read_text()
+    assert "<b>" not in page
+    assert "a&lt;b&gt;&amp;|c" in page
+    assert r"a&lt;b>&\|c" in (tree.paths()["out"] / "report.md").read_text()

@@ -1,0 +1,86 @@
+"""Findings made by hand: what the report would have found, without files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from portllm.reporting.arms import Cell, Control, Flips, Score, recovery
+from portllm.reporting.costs import CostPair
+from portllm.reporting.evidence import Cost
+from portllm.reporting.findings import Findings
+from portllm.reporting.knowledge import Knowledge
+
+Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+def cell(release: str, task: str, values: Mapping[str, float], flips: float | None = 0.02) -> Cell:
+    scores = {
+        arm: Score(value=v, low=max(0.0, v - 0.03), high=min(1.0, v + 0.03), samples=100, format=1.0)
+        for arm, v in values.items()
+    }
+    return Cell(
+        release=release,
+        task=task,
+        metric="acc,none",
+        scores=scores,
+        recovery=recovery(values.get("base"), values.get("ported"), values.get("retuned")),
+        against_retuned=None,
+        flips=None if flips is None else Flips(pairs=100, negative=flips, positive=0.0),
+    )
+
+
+def knowledge(release: str, arm: str, share: float, patch_task: str | None = "t1") -> Knowledge:
+    recall = {"changed": share, "new": share, "kept": 0.9}
+    return Knowledge(
+        release=release, corpus=f"corpus_{release}", arm=arm, patch_task=patch_task, recall=recall, perplexity=2.0
+    )
+
+
+def cost_pair(port: float, retune: float) -> CostPair:
+    made = [
+        Cost(stage=s, release="v1", task="t1", wall_seconds=w, peak_rss_bytes=2**28, trainable_parameters=None)
+        for s, w in (("port", port), ("train", retune))
+    ]
+    return CostPair(release="v1", task="t1", port=made[0], retune=made[1])
+
+
+@pytest.fixture
+def make() -> Callable[..., Findings]:
+    """`make({release: {task: {arm: score}}}, **changes)` as findings."""
+
+    def made(scores: Scores, **changes: Any) -> Findings:
+        releases = tuple(scores)
+        tasks = tuple(scores[releases[0]])
+        known: dict[str, Any] = {
+            "releases": releases,
+            "tasks": tasks,
+            "probe_threshold": 0.9,
+            "probes": {releases[0]: dict.fromkeys(tasks, 1.0)},
+            "fingerprints": dict.fromkeys(releases, "ab" * 32),
+            "cells": tuple(cell(r, t, arms) for r, by_task in scores.items() for t, arms in by_task.items()),
+            "controls": tuple(Control(task=t, pairs=100, differing=0) for t in tasks),
+            "knowledge": (),
+            "drifts": (),
+            "residuals": (),
+            "curves": (),
+            "costs": (),
+            "stages": (),
+        }
+        return Findings(**{**known, **changes})
+
+    return made
+
+
+@pytest.fixture
+def good(make: Callable[..., Findings]) -> Findings:
+    """Two tasks that carry over."""
+    later = {"base": 0.5, "ported": 0.93, "retuned": 0.95}
+    first = {"base": 0.5, "tuned": 0.96, "ported": 0.96}
+    return make(
+        {"v0": {"t1": first, "t2": first}, "v1": {"t1": later, "t2": later}},
+        knowledge=(knowledge("v1", "base", 1.0, None), knowledge("v1", "ported", 0.95), knowledge("v1", "old", 0.04)),
+        costs=(cost_pair(4.0, 16.0),),
+    )

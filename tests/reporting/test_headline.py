@@ -1,0 +1,86 @@
+"""The paragraph follows the numbers: it says the opposite when they do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from portllm.reporting.arms import Control
+from portllm.reporting.costs import CostPair
+from portllm.reporting.evidence import Cost
+from portllm.reporting.findings import Findings
+from portllm.reporting.headline import paragraph, verdict
+
+FIRST = {"base": 0.5, "tuned": 0.96, "ported": 0.96}
+Make = Callable[..., Findings]
+
+
+def on_v1(make: Make, **arms: float) -> Findings:
+    return make(
+        {"v0": {"t1": FIRST, "t2": FIRST}, "v1": {"t1": arms, "t2": {"base": 0.5, "ported": 0.9, "retuned": 0.9}}}
+    )
+
+
+def test_a_good_port_is_told_with_its_numbers(good: Findings) -> None:
+    said = paragraph(good)
+    assert said.startswith("The old patches carried over without training")
+    for part in ("93.0%", "95.0% retuned", "50.0% for the bare release", "2 of 2 tasks", "keep 95.0%", "know 4.0%"):
+        assert part in said
+    assert "control holds" in said
+    assert "4.0× faster" in said
+
+
+def test_a_bad_port_is_told_as_one(make: Make) -> None:
+    bad = {"base": 0.5, "ported": 0.52, "retuned": 0.95}
+    said = paragraph(make({"v0": {"t1": FIRST}, "v1": {"t1": bad}}))
+    assert "did not carry over" in said
+    assert "0 of 1 tasks" in said
+    assert "fell short of re-tuning on t1 (−43.0 points)" in said
+    assert "carried over without" not in said
+
+
+def test_a_port_below_the_bare_release_is_warned_of(make: Make) -> None:
+    said = paragraph(on_v1(make, base=0.6, ported=0.55, retuned=0.8))
+    assert "On t1 the ported patch is below the bare release: do not use it there." in said
+
+
+def test_half_kept_is_carried_in_part(make: Make) -> None:
+    found = make({"v0": {"t1": FIRST}, "v1": {"t1": {"base": 0.5, "ported": 0.8, "retuned": 0.9}}})
+    assert "carried over in part: they kept 75%" in verdict(found)
+
+
+def test_one_release_that_fails_is_not_averaged_away(make: Make) -> None:
+    good, bad = {"base": 0.5, "ported": 0.9, "retuned": 0.9}, {"base": 0.5, "ported": 0.55, "retuned": 0.9}
+    found = make({"v0": {"t1": FIRST}, "v1": {"t1": good}, "v2": {"t1": bad}})
+    assert "some releases only" in verdict(found)
+
+
+def test_a_failing_control_is_shouted(good: Findings) -> None:
+    wrong = dataclasses.replace(good, controls=(Control(task="t1", pairs=100, differing=3),))
+    assert "control FAILS" in paragraph(wrong)
+    assert "t1 (3 of 100 answers differ)" in paragraph(wrong)
+    assert "not measured" in paragraph(dataclasses.replace(good, controls=()))
+
+
+def test_a_failed_probe_is_named(good: Findings) -> None:
+    said = paragraph(dataclasses.replace(good, probes={"v0": {"t1": 0.4, "t2": 1.0}}))
+    assert "knows too little of what t1 asks about (probe below 90%)" in said
+
+
+def test_without_retuned_arms_it_compares_with_the_bare_release(make: Make) -> None:
+    above = make({"v0": {"t1": FIRST}, "v1": {"t1": {"base": 0.5, "ported": 0.9}}})
+    below = make({"v0": {"t1": FIRST}, "v1": {"t1": {"base": 0.5, "ported": 0.4}}})
+    assert "are above the bare release" in paragraph(above)
+    assert "not above the bare release" in paragraph(below)
+    assert "retuned" not in paragraph(above)
+
+
+def test_one_release_and_no_port_are_said_plainly(make: Make) -> None:
+    assert "only one release" in paragraph(make({"v0": {"t1": FIRST}}))
+    assert "No patch was ported" in paragraph(make({"v0": {"t1": FIRST}, "v1": {"t1": {"base": 0.5}}}))
+
+
+def test_slower_porting_is_not_called_faster(good: Findings) -> None:
+    cost = Cost(stage="port", release="v1", task="t1", wall_seconds=9.0, peak_rss_bytes=None, trainable_parameters=None)
+    pair = CostPair(release="v1", task="t1", port=cost, retune=dataclasses.replace(cost, wall_seconds=3.0))
+    assert "3.0× slower" in paragraph(dataclasses.replace(good, costs=(pair,)))
