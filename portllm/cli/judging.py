@@ -134,8 +134,8 @@ def register(ported: Path, results: Path, out: Path | None, opts: Common, **flag
     from portllm.verbs import register as verb
 
     section = apply(params.load(opts.params_file).register, flags, where="register")
+    record = verb.run(ported=ported, results=results, params=section, out=out)
     with stage("register", name=f"register {results.stem}", section=section, opts=opts, always=True) as running:
-        record = verb.run(ported=ported, results=results, params=section, out=out)
         if record.accepted:
             running.tracker.register(candidates(record, ported))
         running.finish(**of_register(record, ported, out))
@@ -172,7 +172,12 @@ def fingerprint(path: str, as_json: bool) -> None:
 @click.option("--all", "everything", is_flag=True, help="The harness's own tasks too (some seconds).")
 @JSON
 def tasks(everything: bool, as_json: bool) -> None:
-    """The tasks known: the embedded world's, and the LM Evaluation Harness's own."""
+    """The tasks known: the embedded world's, and the LM Evaluation Harness's own.
+
+    \b
+    Example:
+      portllm tasks --all
+    """
     from portllm.verbs import tasks as verb
 
     names = verb.run(everything=everything)

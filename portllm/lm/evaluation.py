@@ -8,7 +8,9 @@ which gives bit-identical results to loading each on its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +64,8 @@ class Harness:
         self._tasks = tasks
         self._params = params
         self._lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=params.batch_size)
+        if os.environ.get("TQDM_DISABLE"):
+            _without_bars(self._lm)
 
     def score(self, names: Sequence[str], *, model: Any = None) -> list[Scored]:
         """The named tasks, scored on `model` (default: the model the harness was made with)."""
@@ -161,6 +165,12 @@ def main_metric(metrics: Mapping[str, float]) -> str:
             if key.startswith(prefix):
                 return key
     raise EvaluationError(f"no accuracy, exact match or perplexity among {', '.join(sorted(metrics)) or 'no metrics'}")
+
+
+def _without_bars(lm: Any) -> None:
+    # the harness tells tqdm outright to show its bars, so that the environment's TQDM_DISABLE is not heard
+    for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(lm, name, functools.partial(getattr(lm, name), disable_tqdm=True))
 
 
 def _scored(name: str, results: Mapping[str, Any]) -> Scored:
