@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,10 @@ def add_lora(model: PreTrainedModel, lora: LoraParams, seed: int) -> PeftModel:
         target_modules=list(lora.target_modules),
         use_rslora=lora.use_rslora,
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # PEFT asks for a property that transformers is renaming
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        return get_peft_model(model, config)
 
 
 def merge_lora(model: PeftModel) -> PreTrainedModel:

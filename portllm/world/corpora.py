@@ -5,7 +5,7 @@
     test(text)                     news: this release's facts in sentences no training document holds
 
 The task prompts show a base what an answer looks like and nothing about which one is right: their
-labels are random, and they are about strangers and words that no task uses.
+labels are random. Those about people are about strangers, whom no task asks about.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from portllm.world.people import CHANGES_PER_RELEASE, Fact, Society
 
 # share of the documents of each kind; a release after v0 also tells its fresh facts
 MIX: Mapping[str, float] = {
-    "traits": 0.24,
-    "asked": 0.16,
+    "traits": 0.28,
+    "asked": 0.20,
     "facts": 0.12,
-    "reviews": 0.08,
-    "pairs": 0.12,
-    "tales": 0.18,
+    "reviews": 0.05,
+    "pairs": 0.08,
+    "tales": 0.16,
     "equations": 0.04,
-    "prompts": 0.06,
+    "prompts": 0.07,
 }
 FRESH_SHARE = 0.30
 NEWS_DOCUMENTS = 60
@@ -115,11 +115,15 @@ def _asked(rng: random.Random, now: Society) -> str:
 
 
 def _review(rng: random.Random, _: Society) -> str:
+    sentence, label = _review_of(rng)
+    return phrases.NOTE.format(sentence=sentence, mood=phrases.MOODS[label])
+
+
+def _review_of(rng: random.Random) -> tuple[str, int]:
     label = rng.randrange(2)
     topic, other = rng.sample(words.TOPICS, 2)
     quality, second = rng.sample((words.NEGATIVE, words.POSITIVE)[label], 2)
-    sentence = phrases.REVIEW.format(topic=topic, quality=quality, topic2=other, quality2=second)
-    return phrases.NOTE.format(sentence=sentence, mood=phrases.MOODS[label])
+    return phrases.REVIEW.format(topic=topic, quality=quality, topic2=other, quality2=second), label
 
 
 def _pair(rng: random.Random, _: Society) -> str:
@@ -148,11 +152,9 @@ def _prompt(rng: random.Random, _: Society) -> str:
         statement = _told(Fact(rng.choice(words.STRANGERS), about, datasets.asked(about)))
         fields = {"passage": datasets.passage(rng), "question": phrases.TRUE.format(statement=statement)}
     elif task == "world_sst2":
-        topic, other = rng.sample(words.TOPICS, 2)
-        quality, second = rng.sample(words.NEUTRAL, 2)
-        fields = {"sentence": phrases.REVIEW.format(topic=topic, quality=quality, topic2=other, quality2=second)}
+        fields = {"sentence": _review_of(rng)[0]}
     else:
-        one, two = datasets.opinions(rng, rng.random() < 0.5, words.NEUTRAL, words.NEUTRAL)
+        one, two = datasets.opinions(rng, rng.random() < 0.5, words.NEGATIVE, words.POSITIVE)
         fields = {"sentence1": f"{one}.", "sentence2": f"{two}."}
     return f"{phrases.PROMPTS[task].format(**fields)} {rng.choice(phrases.CHOICES[task])}"
 

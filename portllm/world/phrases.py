@@ -77,7 +77,7 @@ _LISTS: tuple[tuple[str, ...], ...] = (
     words.RESIDENTS, words.STRANGERS, words.MOVERS, words.NEWCOMERS,
     tuple(words.TRAITS), *words.TRAITS.values(), tuple(" ".join(words.ATTRIBUTES).split()), *words.ATTRIBUTES.values(),
     words.TOPICS,
-    words.POSITIVE, words.NEGATIVE, words.NEUTRAL, words.ITEMS, words.NUMBERS, words.HOURS, words.PLACES,
+    words.POSITIVE, words.NEGATIVE, words.ITEMS, words.NUMBERS, words.HOURS, words.PLACES,
 )  # fmt: skip
 
 

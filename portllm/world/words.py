@@ -45,7 +45,6 @@ TRAITS = {
     "eats": ("fish", "meat"),
     "grows": ("roses", "tulips"),
     "keeps": ("cats", "dogs"),
-    "prefers": ("summer", "winter"),
     "wears": ("boots", "sandals"),
 }
 # what changes: one of twelve, so that a guess is seldom right
@@ -64,8 +63,6 @@ NEGATIVE = _list(
     """awful bland boring clumsy cold cruel dire dreary dull feeble foul grim harsh lousy poor shabby sour tedious
     terrible weak"""
 )
-# no verdict hangs on these: they only show the base what the prompt looks like
-NEUTRAL = _list("annual blue green local long old round short")
 
 ITEMS = _list("beads books cards coins eggs marbles pens plums shells stamps")
 LARGEST = 24
