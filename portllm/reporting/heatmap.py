@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CELL_HEIGHT, WIDTH = 0.29, 7.2
+WIDTH = 7.2
+MANY_LAYERS = 12
 # the order in which a layer computes; kinds not named here follow by name
 ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OUTSIDE = "outside layers"
@@ -27,16 +27,22 @@ def heat_map(drifts: Sequence[Drift]) -> Figure:
 
     values = [m.drift_ratio for d in drifts for m in d.modules if m.drift_ratio is not None]
     scale = ScalarMappable(norm=Normalize(0, 100 * max(values, default=1.0) or 1.0), cmap="Blues")
-    heights = [1.35 + CELL_HEIGHT * (len(_layers(d)) + 1) for d in drifts]
+    heights = [1.35 + _cell_height(d) * (len(_layers(d)) + 1) for d in drifts]
     figure = canvas.new(WIDTH, sum(heights))
     panels: Any = figure.subplots(2 * len(drifts), 1, squeeze=False, height_ratios=_ratios(drifts))
     for i, drift in enumerate(drifts):
         _layered(panels[2 * i][0], drift, scale)
         _outside(panels[2 * i + 1][0], drift, scale)
-    bar = figure.colorbar(scale, ax=list(panels.flat), shrink=min(1.0, 2.5 / sum(heights)), aspect=18, pad=0.02)
+    bar = figure.colorbar(
+        scale, ax=list(panels.flat), shrink=min(1.0, 2.5 / sum(heights)), aspect=18, pad=0.02, anchor=(0.0, 1.0)
+    )
     bar.set_label("drift (%)")
     bar.outline.set_visible(False)
     return figure
+
+
+def _cell_height(drift: Drift) -> float:
+    return 0.29 if len(_layers(drift)) <= MANY_LAYERS else 0.2
 
 
 def _ratios(drifts: Sequence[Drift]) -> list[float]:
@@ -89,17 +95,19 @@ def _cell(axes: Axes, x: int, y: int, value: float, scale: Any, columns: int) ->
     colour = scale.to_rgba(value)
     axes.add_patch(Rectangle((x + 0.02, y + 0.04), 0.96, 0.92, facecolor=colour, edgecolor=canvas.LINE, linewidth=0.5))
     luminance = 0.2126 * colour[0] + 0.7152 * colour[1] + 0.0722 * colour[2]
-    axes.text(
+    text = axes.text(
         x + 0.5, y + 0.52, _short(value), ha="center", va="center", fontsize=7.5 if columns > 9 else 8.5,
         color="#101010" if luminance > 0.42 else "#ffffff",
     )  # fmt: skip
+    text.set_in_layout(False)  # it lies inside its cell: measuring thousands of them would take most of the time
 
 
 def _short(value: float) -> str:
     if value == 0:
         return "0"
-    digits = max(0, min(3, 1 - math.floor(math.log10(value))))
-    return f"{value:.{digits}f}"
+    if value >= 9.95:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 0.995 else f"{value:.2f}" if value >= 0.0995 else f"{value:.3f}"
 
 
 def _broken(kind: str) -> str:
