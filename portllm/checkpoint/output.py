@@ -22,21 +22,22 @@ def staged(out: Path, *, force: bool = False, inputs: Sequence[Path] = ()) -> It
     """A directory beside `out` to write into; it becomes `out` when the block ends without error.
 
     Raises OutputError when `out` is one of `inputs` or lies in one of them, when it exists and is
-    not empty (unless `force`), or when another process is writing it.
+    not empty (unless `force`), when another process is writing it, or when the disk refuses.
     """
     refuse(out, force=force, inputs=inputs)
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial"
-    with _locked(partial, out):
-        _empty(partial)
+    with _refusals_of_the_disk(out), _parents(out.parent), _locked(partial, out):
         try:
+            _empty(partial)
+            _recover(out)
+            refuse(out, force=force, inputs=inputs)  # what was recovered counts as there
             yield partial
             sync_tree(partial)
             refuse(out, force=force, inputs=inputs)
             _replace(partial, out)
+            sync_directory(out.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    sync_directory(out.parent)
 
 
 @contextlib.contextmanager
@@ -103,6 +104,42 @@ def _locked(partial: Path, out: Path) -> Iterator[None]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def _refusals_of_the_disk(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = f" at {error.filename}" if error.filename else ""
+        text = f"{out}: could not be written ({error.strerror or error}{where})"
+        raise OutputError(f"{text}; see to the disk and try again") from error
+
+
+@contextlib.contextmanager
+def _parents(folder: Path) -> Iterator[None]:
+    """Make `folder`; on failure, remove again what was made."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):  # another run may have put something there
+                path.rmdir()
+        raise
+
+
+def _recover(out: Path) -> None:
+    """Undo or finish the replacement of an OUT in which an earlier run was killed (see `_replace`)."""
+    aside = _aside(out)
+    if aside.is_dir() and not out.exists():
+        aside.rename(out)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(out: Path) -> Path:
+    return out.parent / f".{out.name}.replaced"
+
+
 def _empty(folder: Path) -> None:
     for child in folder.iterdir():
         if child.is_dir() and not child.is_symlink():
@@ -116,8 +153,7 @@ def _replace(partial: Path, out: Path) -> None:
         partial.rename(out)
         return
     # an existing directory cannot be replaced in one step: move it aside, and back if the rename fails
-    aside = out.parent / f".{out.name}.replaced"
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = _aside(out)
     out.rename(aside)
     try:
         partial.rename(out)

@@ -26,6 +26,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+SAVED = re.compile(r"base_model\.model\.(?P<module>.+)\.base_layer\.weight")
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 # keys that say nothing about the function of a trained patch, or that this module reads
@@ -44,7 +45,7 @@ FEATURES = {
     "lora_B.bias": "lora_bias",
     "modules_to_save": "modules_to_save",
     "trainable_tokens": "trainable_token_indices",
-    "base_layer": "saved base layers (save_embedding_layers)",
+    "base_layer": "a saved copy of a base layer that has no LoRA (save_embedding_layers)",
     "embed_tokens.weight": "saved embeddings (save_embedding_layers)",
     ".bias": "trained biases (bias=all or lora_only)",
 }
@@ -91,12 +92,17 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Patch:
-    """A PEFT LoRA directory. `modules` is keyed by the module's name in the base model."""
+    """A PEFT LoRA directory. `modules` is keyed by the module's name in the base model.
+
+    `saved` holds the copies of base weights that PEFT puts beside LoRA on an output head; they are not part of the
+    patch, and `plan.check_saved` proves that they are copies.
+    """
 
     path: Path
     config: Mapping[str, Any]
     header: Header
     modules: Mapping[str, LoraPair]
+    saved: Mapping[str, TensorEntry]
     record: PatchRecord | None
 
     @classmethod
@@ -110,9 +116,9 @@ class Patch:
         config = _config(path)
         _refuse_features(config, path)
         header = read_header(_weights(path))
-        modules = _pairs(config, header)
+        modules, saved = _pairs(config, header)
         record = PatchRecord.read(path) if (path / PatchRecord.FILE).is_file() else None
-        return cls(path, config, header, modules, record)
+        return cls(path, config, header, modules, saved, record)
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -187,16 +193,22 @@ def _refuse_features(config: Mapping[str, Any], path: Path) -> None:
             raise _unsupported(path, f"{key}={_short(config[key])}", "plain LoRA")
 
 
-def _pairs(config: Mapping[str, Any], header: Header) -> dict[str, LoraPair]:
+def _pairs(config: Mapping[str, Any], header: Header) -> tuple[dict[str, LoraPair], dict[str, TensorEntry]]:
+    """Every tensor of the file as one half of a pair or as a saved base weight; nothing is left over."""
     sides: dict[str, dict[str, TensorEntry]] = {}
+    saved: dict[str, TensorEntry] = {}
     for name, entry in header.tensors.items():
-        match = KEY.fullmatch(name)
-        if match is None:
+        if match := KEY.fullmatch(name):
+            sides.setdefault(match["module"], {})[match["side"]] = entry
+        elif match := SAVED.fullmatch(name):
+            saved[match["module"]] = entry
+        else:
             raise _foreign(name, header.path)
-        sides.setdefault(match["module"], {})[match["side"]] = entry
+    if alone := sorted(saved.keys() - sides.keys()):
+        raise _foreign(saved[alone[0]].name, header.path)
     if not sides:
         raise PatchError(f"{header.path}: holds no tensors; expected lora_A and lora_B weights, train the patch again")
-    return {module: _pair(config, module, sides[module], header.path) for module in sorted(sides)}
+    return {module: _pair(config, module, sides[module], header.path) for module in sorted(sides)}, saved
 
 
 def _pair(config: Mapping[str, Any], module: str, sides: Mapping[str, TensorEntry], path: Path) -> LoraPair:

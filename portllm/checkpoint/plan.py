@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from portllm.checkpoint.headers import TensorEntry
 from portllm.checkpoint.patch import LoraPair, Patch
-from portllm.checkpoint.reader import Checkpoint
-from portllm.errors import CheckpointError, ShapeError, UnmatchedModulesError
+from portllm.checkpoint.reader import Checkpoint, equal_values
+from portllm.errors import CheckpointError, ShapeError, UnmatchedModulesError, UnsupportedPatchError
 
 DTYPES = ("F32", "BF16", "F16")
 
@@ -62,6 +62,29 @@ def make_plan(patch: Patch, base: Checkpoint) -> Plan:
         _refuse_tied_head(module, name, base)
         changes[name] = _change(patch, module, base.entry(name), base)
     return Plan(changes, len(changes), len(linears(base) | set(changes)))
+
+
+def check_saved(patch: Patch, base: Checkpoint, source: Checkpoint | None) -> None:
+    """Prove that the base weights saved with the patch are copies: of `base`'s, or of `source`'s, the old base.
+
+    PEFT overwrites the base with them on loading; a port must not. Raises ShapeError, UnsupportedPatchError.
+    """
+    for module, entry in patch.saved.items():
+        name = tensor_name(module, base)
+        if entry.shape != base.shape(name):
+            raise ShapeError(
+                f"{module}: the patch carries a base weight of {_times(entry.shape)}, {base.path} has "
+                f"{_times(base.shape(name))}; a grown vocabulary is not supported yet"
+            )
+        origins = [c for c in (base, source) if c is not None and name in c.where]
+        if not any(equal_values((patch.header.path, entry), (c.where[name].path, c.entry(name))) for c in origins):
+            hint = (
+                "is this the base it was trained on?" if source is not None else "pass that base as --from to prove it"
+            )
+            raise UnsupportedPatchError(
+                f"{patch.header.path}: {entry.name} is a base weight saved with the patch (save_embedding_layers); "
+                f"expected a copy of the old base's, found another; {hint}"
+            )
 
 
 def tensor_name(module: str, base: Checkpoint) -> str:

@@ -6,6 +6,7 @@ Nothing is loaded but what is asked for; torch is imported only by `read`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+BLOCK_ELEMENTS = 1 << 18
 
 TORCH_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -98,6 +101,29 @@ def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
     with path.open("rb", buffering=0) as file:
         read_exactly(file.fileno(), memoryview(buffer), entry.start, path)
     return torch.frombuffer(buffer, dtype=dtype).reshape(entry.shape)
+
+
+def equal_values(one: tuple[Path, TensorEntry], other: tuple[Path, TensorEntry]) -> bool:
+    """Whether two tensors on disk hold the same numbers, whatever their dtypes; read in blocks."""
+    import torch
+
+    if one[1].shape != other[1].shape:
+        return False
+    total = math.prod(one[1].shape)
+    for at in range(0, total, BLOCK_ELEMENTS):
+        span = (at, min(at + BLOCK_ELEMENTS, total))
+        left, right = (_elements(path, entry, span).double() for path, entry in (one, other))
+        if not torch.equal(left, right):
+            return False
+    return True
+
+
+def _elements(path: Path, entry: TensorEntry, span: tuple[int, int]) -> torch.Tensor:
+    """Elements [first, last) of a tensor, flat."""
+    width = entry.nbytes // max(1, math.prod(entry.shape))
+    start = entry.start + span[0] * width
+    part = TensorEntry(entry.name, entry.dtype, (span[1] - span[0],), start, entry.start + span[1] * width)
+    return read_tensor(path, part)
 
 
 def read_exactly(handle: int, buffer: memoryview, offset: int, path: Path) -> None:

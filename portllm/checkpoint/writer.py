@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
 import os
+import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +99,36 @@ def copy_file(source: Path, target: Path, meter: Meter) -> str:
         size = os.fstat(reading.fileno()).st_size
         _copy(reading.fileno(), writing.fileno(), (0, size), hashing, (), meter, source)
         return hashing.total()
+
+
+def write_subset(header: Header, names: Container[str], target: Path, meter: Meter) -> str:
+    """Write the tensors `names` of a file, in their order, as a safetensors file of its own; returns its SHA-256."""
+    kept = [entry for entry in header.tensors.values() if entry.name in names]
+    if len(kept) == len(header.tensors):
+        return copy_file(header.path, target, meter)
+    tree: dict[str, Any] = {"__metadata__": dict(header.metadata)} if header.metadata else {}
+    at = 0
+    for entry in kept:
+        offsets = [at, at + entry.nbytes]
+        tree[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+        at += entry.nbytes
+    text = json.dumps(tree, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # safetensors keeps the data aligned
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    with header.path.open("rb", buffering=0) as reading, target.open("wb") as writing:
+        head = struct.pack("<Q", len(text)) + text
+        digest.update(head)
+        writing.write(head)
+        for entry in kept:
+            for start in range(entry.start, entry.stop, PIECE_BYTES):
+                piece = buffer[: min(PIECE_BYTES, entry.stop - start)]
+                read_exactly(reading.fileno(), piece, start, header.path)
+                digest.update(piece)
+                writing.write(piece)
+                meter.add(len(piece))
+    meter.add(header.size - at)  # what was left out is done too
+    return digest.hexdigest()
 
 
 def _write_shard(shard: Header, target: Path, job: Job) -> Written:
@@ -224,7 +256,7 @@ class _Hashing:
     """The digests of one file, fed in order by one thread of its own; hashlib releases the interpreter's lock."""
 
     def __init__(self, longest_row: int) -> None:
-        nbytes = max(PIECE_BYTES, longest_row)
+        nbytes = max(PIECE_BYTES, 4 * BLOCK_ELEMENTS, longest_row)  # 4 bytes an element at most
         self.file = hashlib.sha256()
         self._slots = [_Slot(nbytes) for _ in range(SLOTS)]
         self._turn = itertools.cycle(self._slots)

@@ -17,12 +17,12 @@ from portllm.checkpoint import fingerprint, provenance
 from portllm.checkpoint.card import port_card
 from portllm.checkpoint.files import companions, tokenizer_files
 from portllm.checkpoint.headers import Header, TensorEntry
-from portllm.checkpoint.output import staged
+from portllm.checkpoint.output import refuse, staged
 from portllm.checkpoint.patch import CONFIG, WEIGHTS, Patch
-from portllm.checkpoint.plan import Plan, make_plan
+from portllm.checkpoint.plan import Plan, check_saved, make_plan
 from portllm.checkpoint.reader import INDEX, Checkpoint
 from portllm.checkpoint.records import PortRecord, Source
-from portllm.checkpoint.writer import Job, Meter, copy_file, write_shards
+from portllm.checkpoint.writer import Job, Meter, copy_file, write_shards, write_subset
 from portllm.errors import OutputError, ParamsError, PatchError
 from portllm.params import PortParams
 
@@ -48,9 +48,15 @@ def run(
     """
     if not math.isfinite(params.scale):
         raise ParamsError(f"port.scale must be a finite number, found {params.scale}")
+    inputs = [path for path in (patch, onto, source) if path is not None]
+    if not dry_run:
+        refuse(out, force=force, inputs=inputs)  # at once, not after reading for minutes
     lora, base = Patch.open(patch), Checkpoint.open(onto)
     plan = make_plan(lora, base)
+    for pair in lora.modules.values():
+        _ = pair.a, pair.b  # reading refuses what is not finite, before anything is written
     trained_on = _trained_on(lora, source)
+    check_saved(lora, base, Checkpoint.open(source) if source is not None else None)
     record = PortRecord(
         base=Source(name=provenance.public_name(onto), fingerprint=None, revision=provenance.revision(onto)),
         patch=Source(
@@ -69,7 +75,6 @@ def run(
     )
     if dry_run:
         return record
-    inputs = [path for path in (patch, onto, source) if path is not None]
     with staged(out, force=force, inputs=inputs) as folder:
         write = _write_merged if params.as_ == "merged" else _write_adapter
         record = write(folder, lora, base, plan, record, on_progress)
@@ -136,12 +141,13 @@ def _write_adapter(
     folder: Path, patch: Patch, base: Checkpoint, plan: Plan, record: PortRecord, on_progress: Progress | None
 ) -> PortRecord:
     """Write the patch, re-targeted to the base, into `folder`; returns the record with what it lacked."""
-    extras = {WEIGHTS: patch.header.path, **tokenizer_files(patch.path)}
-    meter = Meter(sum(path.stat().st_size for path in extras.values()), on_progress)
+    extras = tokenizer_files(patch.path)
+    meter = Meter(patch.header.size + sum(path.stat().st_size for path in extras.values()), on_progress)
     _check_space(folder, meter.total)
-    for pair in patch.modules.values():
-        _ = pair.a, pair.b  # refuses what is not finite
     files = {name: copy_file(path, _under(folder, name), meter) for name, path in extras.items()}
+    # base weights saved with the patch stay behind: PEFT would put them over the new base's
+    factors = patch.header.tensors.keys() - {entry.name for entry in patch.saved.values()}
+    files[WEIGHTS] = write_subset(patch.header, factors, folder / WEIGHTS, meter)
     config = _retargeted(patch.config, record.base.name, record.scale)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     files[CONFIG] = fingerprint.file_digest(folder / CONFIG)

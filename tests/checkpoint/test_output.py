@@ -1,0 +1,167 @@
+"""OUT appears complete or not at all, and nothing is left beside it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from portllm.checkpoint import output
+from portllm.checkpoint.output import staged, staged_file
+from portllm.errors import OutputError
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
+
+
+def test_appears_complete(tmp_path: Path) -> None:
+    with staged(tmp_path / "deep" / "out") as folder:
+        (folder / "a").write_text("1")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert files(tmp_path) == ["deep", "deep/out", "deep/out/a"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_nothing_is_left_after_a_failure(error: type[BaseException], tmp_path: Path) -> None:
+    with pytest.raises(error), staged(tmp_path / "deep" / "er" / "out") as folder:
+        (folder / "a").write_text("1")
+        raise error
+    assert files(tmp_path) == []
+
+
+def test_a_failing_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with (
+        pytest.raises(OutputError, match="could not be written .No space left on device"),
+        staged(tmp_path / "out") as folder,
+    ):
+        (folder / "a").write_text("1")
+    assert files(tmp_path) == []
+
+
+def test_an_existing_out_is_refused_or_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with staged(tmp_path / "out") as folder:  # empty: as good as none
+        (folder / "a").write_text("1")
+    with pytest.raises(OutputError, match="pass --force"), staged(tmp_path / "out"):
+        pytest.fail("entered")
+    with staged(tmp_path / "out", force=True) as folder:
+        (folder / "b").write_text("2")
+    assert files(tmp_path) == ["out", "out/b"]
+
+
+def test_a_failure_with_force_keeps_what_was_there(tmp_path: Path) -> None:
+    with staged(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+    with pytest.raises(ValueError, match="x"), staged(tmp_path / "out", force=True) as folder:
+        (folder / "b").write_text("2")
+        raise ValueError("x")
+    assert files(tmp_path) == ["out", "out/a"]
+
+
+@pytest.mark.parametrize("out", ["base", "base/inside", ".", "base/../base", "link/inside"])
+def test_out_may_not_overlap_an_input(out: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (tmp_path / "link").symlink_to(base)
+    with (
+        pytest.raises(OutputError, match="inputs are never changed"),
+        staged(tmp_path / out, force=True, inputs=[base]),
+    ):
+        pytest.fail("entered")
+    assert files(base) == []
+
+
+def test_a_file_or_link_is_no_out(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(OutputError, match="expected a directory or nothing"), staged(tmp_path / name, force=True):
+            pytest.fail("entered")
+
+
+def test_two_runs_to_one_out_do_not_mix(tmp_path: Path) -> None:
+    with staged(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+        with pytest.raises(OutputError, match="another portllm is writing it"), staged(tmp_path / "out"):
+            pytest.fail("entered")
+    assert files(tmp_path) == ["out", "out/a"]
+
+
+def test_leftovers_of_a_kill_are_cleaned_by_the_next_run(tmp_path: Path) -> None:
+    script = textwrap.dedent("""
+        import sys, time
+        from pathlib import Path
+        from portllm.checkpoint.output import staged
+        with staged(Path(sys.argv[1])) as folder:
+            (folder / "half").write_text("1")
+            print("ready", flush=True)
+            time.sleep(60)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "out")], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert files(tmp_path) == [".out.partial", ".out.partial/half"]
+    with staged(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+    assert files(tmp_path) == ["out", "out/a"]
+
+
+def test_a_kill_in_the_middle_of_a_replacement_is_undone(tmp_path: Path) -> None:
+    aside = output._aside(tmp_path / "out")
+    aside.mkdir()
+    (aside / "precious").write_text("1")
+    with pytest.raises(OutputError, match="exists and is not empty"), staged(tmp_path / "out"):
+        pytest.fail("entered")
+    assert files(tmp_path) == ["out", "out/precious"]
+
+
+def test_a_kill_at_the_end_of_a_replacement_is_finished(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    aside = output._aside(tmp_path / "out")
+    aside.mkdir()
+    (aside / "old").write_text("1")
+    with staged(tmp_path / "out") as folder:
+        (folder / "new").write_text("1")
+    assert files(tmp_path) == ["out", "out/new"]
+
+
+def test_a_replacement_that_fails_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with staged(tmp_path / "out") as folder:
+        (folder / "old").write_text("1")
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OutputError, match="Input/output error"):
+        write(tmp_path / "out", "new", force=True)
+    assert files(tmp_path) == ["out", "out/old"]
+
+
+def test_one_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="x"), staged_file(tmp_path / "f.json") as partial:
+        partial.write_text("half")
+        raise ValueError("x")
+    assert files(tmp_path) == []
+    with staged_file(tmp_path / "f.json") as partial:
+        partial.write_text("whole")
+    with staged_file(tmp_path / "f.json") as partial:
+        partial.write_text("whole again")
+    assert files(tmp_path) == ["f.json"]
+    assert (tmp_path / "f.json").read_text() == "whole again"
