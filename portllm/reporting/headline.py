@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from portllm.reporting.arms import WITHIN
+from portllm.reporting.arms import LEAST_GAIN, WITHIN, mean
 from portllm.reporting.findings import Average, Findings, total_seconds
 from portllm.reporting.formats import listing, percent, percent_sign, points, seconds, times
 from portllm.reporting.knowledge import share_kept
@@ -18,10 +18,22 @@ def paragraph(findings: Findings) -> str:
 
 def parts(findings: Findings) -> list[str]:
     """The paragraph in parts that can stand alone: the verdict, one per later release, then what limits it."""
-    said = [verdict(findings)]
+    said = [verdict(findings), _made(findings)]
     said += [_release(findings, findings.average(release)) for release in findings.releases[1:]]
     said += [_spaced(_unknown(findings), _control(findings), _cost(findings))]
     return [part for part in said if part]
+
+
+def _made(findings: Findings) -> str:
+    """What the patches were worth where they were made."""
+    cells = [c for c in findings.on(findings.first) if "tuned" in c.scores]
+    tuned, base = mean(c.value("tuned") for c in cells), mean(c.value("base") for c in cells)
+    if tuned is None or base is None:
+        return ""
+    said = f"On {findings.first}, where they were made, the patches score {percent_sign(tuned)} on average"
+    said += f" against {percent_sign(base)} for the bare base."
+    weak = [c.task for c in cells if c.scores["tuned"].value - c.scores["base"].value < LEAST_GAIN]
+    return _spaced(said, f"On {listing(weak)} the patch itself learnt nothing." if weak else "")
 
 
 def _spaced(*sentences: str) -> str:
@@ -29,28 +41,30 @@ def _spaced(*sentences: str) -> str:
 
 
 def verdict(findings: Findings) -> str:
-    """One sentence: did the patches carry, judged by the mean recovery of each later release."""
+    """Did the patches carry, judged by the mean recovery of each later release; what cannot be judged is said."""
     later = [findings.average(release) for release in findings.releases[1:]]
     if not later:
         return "There is only one release, so nothing could be ported yet."
     known = [average.recovery for average in later if average.recovery is not None]
+    flat = [a.release for a in later if a.recovery is None and a.retuned is not None]
+    where = f"On {listing(flat)} re-tuning itself gains less than {percent(LEAST_GAIN, 0)} points on average"
     if not known:
-        return _without_reference(later)
-    worst, best = min(known), max(known)
-    where = "on every release" if len(later) > 1 and len(known) == len(later) else f"on {later[0].release}"
-    if worst >= CARRIED:
-        least = percent_sign(CARRIED, 0)
-        return f"The old patches carried over without training: they kept at least {least} of re-tuning's gain {where}."
-    if worst >= PARTLY:
-        return f"The old patches carried over in part: they kept {_range(worst, best)} of re-tuning's gain."
-    if best >= PARTLY:
-        return f"The old patches carried over to some releases only, with {_range(worst, best)} of re-tuning's gain."
-    return f"The old patches did not carry over: they kept {_range(worst, best)} of re-tuning's gain."
+        return f"{where}: there was nothing to carry over." if flat else _without_reference(later)
+    return _spaced(_judged(min(known), max(known)), f"{where}, so nothing can be said there." if flat else "")
 
 
-def _range(worst: float, best: float) -> str:
+def _judged(worst: float, best: float) -> str:
     low, high = percent_sign(worst, 0), percent_sign(best, 0)
-    return low if low == high else f"{low} to {high}"
+    share = low if low == high else f"{low} to {high}"
+    if worst >= CARRIED:
+        return f"The old patches carried over without training: they kept {share} of re-tuning's gain."
+    if worst >= PARTLY:
+        return f"The old patches carried over in part: they kept {share} of re-tuning's gain."
+    if best >= PARTLY:
+        return f"The old patches carried over to some releases only, with {share} of re-tuning's gain."
+    if best <= 0:
+        return f"The old patches did not carry over: they kept nothing of re-tuning's gain ({share})."
+    return f"The old patches did not carry over: they kept {share} of re-tuning's gain."
 
 
 def _without_reference(later: list[Average]) -> str:

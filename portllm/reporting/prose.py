@@ -14,7 +14,7 @@ ARMS = (
 ARMS_NOTE = (
     "Scores, recovery and flips in %; differences in percentage points with a 95% bootstrap interval over the test "
     "examples; p is McNemar's exact test on the same examples. Recovery is – where re-tuning gains less than {least} "
-    "points. Valid format: share of answers in the expected form, for base · ported · retuned. Intervals cover the "
+    "points. Valid format: share of answers in the expected form, of the worst arm. Intervals cover the "
     "choice of test examples, not the luck of training seeds."
 )
 KNOWLEDGE = (

@@ -96,15 +96,16 @@ def _difference(pairing: Pairing | None) -> str:
 def _ported(cell: Cell) -> Entry:
     ported, base = cell.value("ported"), cell.value("base")
     below = ported is not None and base is not None and ported < base
-    tone = "bad" if below else "good" if cell.within else ""
+    # near re-tuning is good news only where re-tuning gained something
+    near = cell.within and cell.recovery is not None
+    tone = "bad" if below else "good" if near else ""
     return Entry(f.percent(ported), tone)
 
 
 def _formats(cell: Cell) -> str:
-    valid = [cell.scores[arm].format for arm in ("base", "tuned", "ported", "retuned") if arm in cell.scores]
-    if all(v is None for v in valid):
-        return f.DASH
-    return " · ".join("100" if v == 1 else f.percent(v) for v in valid)
+    """The lowest share among the arms."""
+    valid = [score.format for score in cell.scores.values() if score.format is not None]
+    return f.percent(min(valid)) if valid else f.DASH
 
 
 def _tuned(findings: Findings, task: str) -> float | None:

@@ -67,6 +67,22 @@ def test_a_failed_probe_is_named(good: Findings) -> None:
     assert "knows too little of what t1 asks about (probe below 90%)" in said
 
 
+def test_where_retuning_gains_nothing_nothing_is_claimed(make: Make) -> None:
+    flat, good = {"base": 0.5, "ported": 0.5, "retuned": 0.51}, {"base": 0.5, "ported": 0.9, "retuned": 0.9}
+    said = verdict(make({"v0": {"t1": FIRST}, "v1": {"t1": flat}}))
+    assert said == "On v1 re-tuning itself gains less than 2 points on average: there was nothing to carry over."
+    mixed = verdict(make({"v0": {"t1": FIRST}, "v1": {"t1": flat}, "v2": {"t1": good}}))
+    assert "kept 100%" in mixed
+    assert "On v1 re-tuning itself gains less than 2 points on average, so nothing can be said there." in mixed
+
+
+def test_a_patch_that_learnt_nothing_is_named(make: Make) -> None:
+    later = {"base": 0.5, "ported": 0.5, "retuned": 0.9}
+    said = paragraph(make({"v0": {"t1": {"base": 0.5, "tuned": 0.51, "ported": 0.51}}, "v1": {"t1": later}}))
+    assert "On t1 the patch itself learnt nothing." in said
+    assert "kept nothing of re-tuning's gain (0%)" in said
+
+
 def test_without_retuned_arms_it_compares_with_the_bare_release(make: Make) -> None:
     above = make({"v0": {"t1": FIRST}, "v1": {"t1": {"base": 0.5, "ported": 0.9}}})
     below = make({"v0": {"t1": FIRST}, "v1": {"t1": {"base": 0.5, "ported": 0.4}}})
