@@ -19,13 +19,13 @@ from portllm.world.people import CHANGES_PER_RELEASE, Fact, Society
 
 # share of the documents of each kind; a release after v0 also tells its fresh facts
 MIX: Mapping[str, float] = {
-    "traits": 0.28,
-    "asked": 0.20,
-    "facts": 0.12,
-    "reviews": 0.05,
-    "pairs": 0.08,
-    "tales": 0.16,
-    "equations": 0.04,
+    "traits": 0.24,
+    "asked": 0.18,
+    "facts": 0.11,
+    "reviews": 0.08,
+    "pairs": 0.14,
+    "tales": 0.15,
+    "equations": 0.03,
     "prompts": 0.07,
 }
 FRESH_SHARE = 0.30
