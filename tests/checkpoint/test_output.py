@@ -53,21 +53,18 @@ def test_a_failing_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with (
-        pytest.raises(OutputError, match="could not be written .No space left on device"),
-        staged(tmp_path / "out") as folder,
-    ):
-        (folder / "a").write_text("1")
+    with pytest.raises(OutputError, match="could not be written .No space left on device"):
+        write(tmp_path / "out", "a")
     assert files(tmp_path) == []
 
 
 def test_an_existing_out_is_refused_or_replaced(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with staged(tmp_path / "out") as folder:  # empty: as good as none
-        (folder / "a").write_text("1")
-    with pytest.raises(OutputError, match="could not be written .No space left on device"):
-        write(tmp_path / "out", "a")
-    assert files(tmp_path) == ["out", "out/b"]
+    write(tmp_path / "out", "a")  # empty: as good as none
+    with pytest.raises(OutputError, match="pass --force"):
+        write(tmp_path / "out", "b")
+    write(tmp_path / "out", "c", force=True)
+    assert files(tmp_path) == ["out", "out/c"]
 
 
 def test_a_failure_with_force_keeps_what_was_there(tmp_path: Path) -> None:
