@@ -66,8 +66,14 @@ def residual(findings: Findings) -> Section:
         )
         if rows
         else (),
-        notes=() if rows else (prose.NO_RESIDUAL,),
+        notes=_not_told(findings),
     )
+
+
+def _not_told(findings: Findings) -> tuple[str, ...]:
+    if not findings.residuals and not findings.unmeasured:
+        return (prose.NO_RESIDUAL,)
+    return tuple(f"Not measured on {u.release} for {u.task}: {u.reason}." for u in findings.unmeasured)
 
 
 def training(findings: Findings) -> Section:

@@ -12,7 +12,7 @@ from portllm.reporting.arms import Cell, Control, mean
 from portllm.reporting.costs import CostPair, StageCost
 from portllm.reporting.evidence import Curve, Evidence
 from portllm.reporting.knowledge import Knowledge
-from portllm.reporting.weights import Drift, Residual
+from portllm.reporting.weights import Drift, Residual, Unmeasured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ class Findings:
     knowledge: tuple[Knowledge, ...]
     drifts: tuple[Drift, ...]
     residuals: tuple[Residual, ...]
+    unmeasured: tuple[Unmeasured, ...]
     curves: tuple[Curve, ...]
     costs: tuple[CostPair, ...]
     stages: tuple[StageCost, ...]
@@ -80,6 +81,7 @@ class Findings:
 def find(evidence: Evidence, *, params: Params, models: Path) -> Findings:
     """Compute all findings. Raises DataError and PatchError."""
     records = evidence.records
+    residuals = weights.residuals(params, models)
     return Findings(
         releases=evidence.releases,
         tasks=evidence.tasks,
@@ -90,7 +92,8 @@ def find(evidence: Evidence, *, params: Params, models: Path) -> Findings:
         controls=arms.controls(evidence),
         knowledge=knowledge.gather(evidence),
         drifts=weights.drifts(params, models),
-        residuals=weights.residuals(params, models),
+        residuals=tuple(r for r in residuals if isinstance(r, Residual)),
+        unmeasured=tuple(r for r in residuals if isinstance(r, Unmeasured)),
         curves=evidence.curves,
         costs=costs.pairs(evidence),
         stages=costs.stages(evidence),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from portllm.checkpoint.patch import Patch
 from portllm.checkpoint.reader import Checkpoint
-from portllm.errors import CheckpointError, DataError
+from portllm.errors import CheckpointError, DataError, PatchError, UnmatchedModulesError
 from portllm.params import Params
 from portllm.reporting.evidence import missing
 
@@ -72,6 +72,15 @@ class Residual:
         return self.residual_norm / self.patch_norm if self.patch_norm else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unmeasured:
+    """A residual that cannot be told from factors alone (not plain LoRA, or modules named otherwise), and why."""
+
+    release: str
+    task: str
+    reason: str
+
+
 def drifts(params: Params, models: Path) -> tuple[Drift, ...]:
     """Every release after the first, against the first and against the one it came from. Raises DataError."""
     first, found = params.releases[0], []
@@ -82,13 +91,13 @@ def drifts(params: Params, models: Path) -> tuple[Drift, ...]:
     return tuple(found)
 
 
-def residuals(params: Params, models: Path) -> tuple[Residual, ...]:
+def residuals(params: Params, models: Path) -> tuple[Residual | Unmeasured, ...]:
     """Every release and task that has a re-tuned patch. Raises DataError."""
     first, patches, found = params.releases[0], models / "patches", []
     for release in params.releases[1:]:
         for task in params.tasks:
             if (patches / release / task).is_dir():
-                found.append(_residual(patches / first / task, patches / release / task, models, release, task))
+                found.append(_measured(patches / first / task, patches / release / task, models, release, task))
     return tuple(found)
 
 
@@ -144,6 +153,14 @@ def _ending(kind: str) -> str:
     return ".".join(parts[-2:]) if parts[-1] in ("bias", "*") and len(parts) > 1 else parts[-1]
 
 
+def _measured(carried: Path, retuned: Path, models: Path, release: str, task: str) -> Residual | Unmeasured:
+    try:
+        return _residual(carried, retuned, models, release, task)
+    except PatchError as error:
+        # the scores stand without it: say why rather than give no report
+        return Unmeasured(release=release, task=task, reason=str(error))
+
+
 def _residual(carried: Path, retuned: Path, models: Path, release: str, task: str) -> Residual:
     from portllm.algebra.residual import squared_patched
 
@@ -172,7 +189,7 @@ def _adapted(base: Checkpoint, old: Patch, new: Patch) -> Iterator[tuple[str, Te
     """The modules that either patch adapts, each with its weight as (out, in)."""
     for module in sorted(set(old.modules) | set(new.modules)):
         if f"{module}.weight" not in base.names:
-            raise DataError(f"{base.path}: has no {module}.weight, which a patch adapts; was it ported onto this base?")
+            raise UnmatchedModulesError(f"{base.path}: has no {module}.weight, which a patch adapts")
         weight = base.read(f"{module}.weight")
         yield module, weight.T if old.fan_in_fan_out else weight
 

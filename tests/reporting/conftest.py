@@ -65,6 +65,7 @@ def make() -> Callable[..., Findings]:
             "knowledge": (),
             "drifts": (),
             "residuals": (),
+            "unmeasured": (),
             "curves": (),
             "costs": (),
             "stages": (),

@@ -6,6 +6,8 @@ import csv
 import html
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -286,3 +288,10 @@ def test_names_cannot_break_the_page(fabricate: Fabricate, tmp_path: Path) -> No
     assert "<b>" not in page
     assert "a&lt;b&gt;&amp;|c" in page
     assert r"a&lt;b>&\|c" in (tree.paths()["out"] / "report.md").read_text()
+
+
+def test_importing_the_verb_loads_nothing_heavy() -> None:
+    heavy = ("torch", "matplotlib", "numpy", "pyarrow", "jinja2", "safetensors")
+    code = f"import sys, portllm.verbs.report; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
