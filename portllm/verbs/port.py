@@ -154,7 +154,7 @@ def _write_adapter(
     return dataclasses.replace(
         record,
         base=dataclasses.replace(record.base, fingerprint=fingerprint.fingerprint(base.path)),
-        fingerprint=record.patch.fingerprint,
+        fingerprint=fingerprint.fingerprint(folder),
         tensors={"changed": 0, "copied": 2 * plan.matched},
         files=files,
     )
