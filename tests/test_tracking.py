@@ -321,7 +321,7 @@ def test_stages_below_one_dvc_process_are_one_invocation(tmp_path):
 
     first, second = keys("repro"), keys("repro")
     assert first[0] == first[1] != second[0] == second[1]
-    assert "name='dvc repro 20" in first[0]
+    assert "name='repro " in first[0]
     assert "name='puffy-daks'" in keys("exp", "run", DVC_EXP_NAME="puffy-daks")[0]
     assert store.invocation() is None
 

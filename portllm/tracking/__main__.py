@@ -178,7 +178,9 @@ class Run:
     def close(self, status: str, time_ms: int) -> dict[str, Any]:
         """End the run, and with it the invocation as it stands so far."""
         self.flush()
-        self._client.set_terminated(self._id, status, time_ms)
+        # registering is the recorder's own work, done after the stage said that it is through
+        ended = int(time.time() * 1000) if self._registered else time_ms
+        self._client.set_terminated(self._id, status, ended)
         if self._parent:
             store.close_parent(self._client, self._parent, status)
         return {"run_id": self._id, "registered": [dataclasses.asdict(one) for one in self._registered]}

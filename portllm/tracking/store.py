@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 EXPERIMENT = "portllm"
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
+_EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.note.content": "One run per stage execution, under one run per pipeline invocation.",
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def experiment_id(client: MlflowClient, root: Path) -> str:
     with _locked(f"{tracking_uri(root)} {name}"):
         found = client.get_experiment_by_name(name)
         if found is None:
-            return str(client.create_experiment(name, artifact_location=location))
+            return str(client.create_experiment(name, location, tags=_EXPERIMENT_TAGS))
     if found.lifecycle_stage != "active":
         raise TrackingError(f"the MLflow experiment {name} is deleted; restore it or set MLFLOW_EXPERIMENT_NAME")
     return str(found.experiment_id)
@@ -76,8 +80,9 @@ def invocation() -> Invocation | None:
                 started = process.create_time()
                 identity = f"{process.pid} {started} {experiment}"
                 key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-                when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(started))
-                return Invocation(key, experiment or f"dvc {command} {when} UTC")
+                # short: MLflow's table shows some eighteen characters, and the year in a column of its own
+                when = time.strftime("%m-%d %H:%M", time.localtime(started))
+                return Invocation(key, experiment or f"{command} {when}")
     return None
 
 
@@ -87,7 +92,12 @@ def parent_run(client: MlflowClient, experiment: str, group: Invocation) -> str:
         found = client.search_runs([experiment], f"tags.`portllm.invocation` = '{group.key}'", max_results=1)
         if found:
             return str(found[0].info.run_id)
-        tags = {"portllm.invocation": group.key, "portllm.stage": "pipeline", "mlflow.source.type": "LOCAL"}
+        tags = {
+            "portllm.invocation": group.key,
+            "portllm.stage": "pipeline",
+            "mlflow.source.name": "dvc",
+            "mlflow.source.type": "LOCAL",
+        }
         return str(client.create_run(experiment, run_name=group.name, tags=tags).info.run_id)
 
 
