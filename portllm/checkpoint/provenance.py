@@ -20,9 +20,8 @@ def versions(*packages: str) -> dict[str, str]:
 def git_commit(folder: Path | None = None) -> str | None:
     """The commit checked out in `folder` (default: here), or None outside a repository."""
     try:
-        answer = subprocess.run(  # noqa: S607  (git is found where the user has it)
-            ["git", "rev-parse", "--verify", "--quiet", "HEAD"], cwd=folder, capture_output=True, text=True, check=False
-        )
+        command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     except OSError:
         return None
     return answer.stdout.strip() or None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,7 @@ def train(
         patched, tokenizer, encoded.examples, optim=params.optim, seed=params.seed, on_metrics=on_metrics
     )
     metrics = {
-        "loss": history[-1]["loss"] if history else math.nan,
+        **training.last_loss(history),
         "rows": len(encoded.examples),
         "rows_cut": encoded.cut,
         "rows_dropped": encoded.dropped,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +123,6 @@ def _fit(
     texts = [row["text"] for row in read_rows(corpus / TRAIN, ("text",))]
     blocks = training.pack(tokenizer, texts, block_length)
     history = training.fit(model, tokenizer, blocks, optim=optim, seed=seed, on_metrics=told)
-    loss = history[-1]["loss"] if history else math.nan
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Release(model, tokenizer, {"loss": loss, "blocks": len(blocks), "trainable_parameters": trainable})
+    metrics = {**training.last_loss(history), "blocks": len(blocks), "trainable_parameters": trainable}
+    return Release(model, tokenizer, metrics)

@@ -70,6 +70,11 @@ def pack(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], block_length:
     return [{"input_ids": block, "labels": block} for block in blocks]
 
 
+def last_loss(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The loss of the last row as a metric; nothing where training was too short to log one."""
+    return {"loss": history[-1]["loss"]} if history else {}
+
+
 def add_lora(model: PreTrainedModel, lora: LoraParams, seed: int) -> PeftModel:
     """`model` with a fresh LoRA (arXiv:2106.09685) on every target module; only the LoRA is trainable."""
     import torch

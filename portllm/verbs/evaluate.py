@@ -123,7 +123,8 @@ def _spec(task: str, data: Path) -> str | dict[str, Any]:
     if task not in datasets.TASKS:
         return task
     config = prompts.load_task(datasets.task_file(task))
-    return evaluation.on_files(config, {split: data / task / f"{split}.parquet" for split in datasets.SPLITS}, name=task)
+    files = {split: data / task / f"{split}.parquet" for split in datasets.SPLITS}
+    return evaluation.on_files(config, files, name=task)
 
 
 def _news(corpus: Path | None) -> dict[str, str | dict[str, Any]]:

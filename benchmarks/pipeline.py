@@ -1,0 +1,94 @@
+"""Time and peak memory of every stage of `dvc repro`, from scratch, then the time of a second run that runs nothing.
+
+    python benchmarks/pipeline.py            # the whole pipeline, in a fresh clone in a temporary directory
+    python benchmarks/pipeline.py fetch      # only what a target needs
+
+Seconds are wall time of the stage's own process, imports included; peak memory is its largest resident set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+# stands before the real command on PATH: runs it, and notes what the kernel says of it
+METER = f"""#!{sys.executable} -SE
+import json, os, sys, time
+started = time.monotonic()
+child = os.spawnv(os.P_NOWAIT, {str(BIN / "portllm")!r}, ["portllm", *sys.argv[1:]])
+_, status, usage = os.wait4(child, 0)
+row = {{
+    "stage": os.environ["DVC_STAGE"],
+    "wall_seconds": time.monotonic() - started,
+    "cpu_seconds": usage.ru_utime + usage.ru_stime,
+    "peak_rss_bytes": usage.ru_maxrss * 1024,
+}}
+with open(os.environ["PORTLLM_METER"], "a") as log:
+    log.write(json.dumps(row) + "\\n")
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", help="stages to reproduce (default: all)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        clone, log, shim = folder / "clone", folder / "log.jsonl", folder / "bin" / "portllm"
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        shim.parent.mkdir()
+        shim.write_text(METER, encoding="utf-8")
+        shim.chmod(shim.stat().st_mode | stat.S_IXUSR)
+        env = {
+            **os.environ,
+            "PATH": os.pathsep.join([str(shim.parent), str(BIN), os.environ["PATH"]]),
+            "PORTLLM_METER": str(log),
+            "HF_HUB_OFFLINE": "1",
+        }
+        first = repro(clone, env, arguments.targets)
+        again = repro(clone, env, arguments.targets)
+        show([json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()], first, again)
+
+
+def repro(clone: Path, env: dict[str, str], targets: list[str]) -> float:
+    """Seconds that `dvc repro` takes in `clone`."""
+    started = time.monotonic()
+    subprocess.run(["dvc", "repro", "--quiet", *targets], cwd=clone, env=env, check=True)
+    return time.monotonic() - started
+
+
+def show(rows: list[dict[str, object]], first: float, again: float) -> None:
+    """Print a row per stage, a row per verb, and the two totals."""
+    print("| stage | wall s | CPU s | peak memory MiB |\n|---|---:|---:|---:|")
+    verbs: dict[str, list[dict[str, object]]] = defaultdict(list)
+    for row in rows:
+        verbs[str(row["stage"]).split("@")[0]].append(row)
+        print(line(str(row["stage"]), [row]))
+    print("\n| verb (runs) | wall s | CPU s | peak memory MiB |\n|---|---:|---:|---:|")
+    for verb, runs in verbs.items():
+        print(line(f"{verb} ({len(runs)})", runs))
+    print(f"\ndvc repro from scratch: {first:.0f} s, {len(rows)} stages; a second dvc repro: {again:.1f} s")
+
+
+def line(name: str, runs: list[dict[str, object]]) -> str:
+    """One row of a table: seconds added up, the largest peak."""
+    wall = sum(float(str(r["wall_seconds"])) for r in runs)
+    cpu = sum(float(str(r["cpu_seconds"])) for r in runs)
+    peak = max(int(str(r["peak_rss_bytes"])) for r in runs) / 2**20
+    return f"| {name} | {wall:.1f} | {cpu:.1f} | {peak:.0f} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""A copy of the project's pipeline in a directory of its own, with DVC told to keep its files there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+BIN = Path(sys.executable).parent
+
+
+class Project:
+    """A directory with the project's dvc.yaml, params.yaml and sources, where `dvc` may be called."""
+
+    def __init__(self, folder: Path, path: Sequence[Path]) -> None:
+        self.folder = folder
+        self.env = {
+            **os.environ,
+            "PATH": os.pathsep.join([*map(str, path), str(BIN), os.environ["PATH"]]),
+            "HF_HUB_OFFLINE": "1",
+            "DVC_NO_ANALYTICS": "1",
+            "DVC_SITE_CACHE_DIR": str(folder / ".site-cache"),
+        }
+
+    def dvc(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """`dvc …`, with what it printed; it must succeed."""
+        done = subprocess.run(
+            ["dvc", *words], cwd=self.folder, env=self.env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def start(self, *words: str) -> subprocess.Popen[bytes]:
+        """`dvc …` in the background, in a session of its own."""
+        return subprocess.Popen(
+            ["dvc", *words],
+            cwd=self.folder,
+            env=self.env,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def edit(self, old: str, new: str) -> None:
+        """Replace a text that must stand in params.yaml."""
+        file = self.folder / "params.yaml"
+        text = file.read_text(encoding="utf-8")
+        assert old in text
+        file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Callable[..., Project]:
+    """project(path=[…]): a fresh copy; directories in `path` come first on its PATH."""
+
+    def make(path: Sequence[Path] = ()) -> Project:
+        folder = tmp_path / "project"
+        folder.mkdir()
+        for name in ("dvc.yaml", "params.yaml", ".dvcignore"):
+            shutil.copy(ROOT / name, folder / name)
+        shutil.copytree(ROOT / "portllm", folder / "portllm", ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / ".git").mkdir()
+        one = Project(folder, path)
+        one.dvc("init", "--no-scm", "-q")
+        return one
+
+    return make
