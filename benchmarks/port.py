@@ -52,9 +52,10 @@ PeftModel.from_pretrained(model, patch).merge_and_unload().save_pretrained(out)
 
 @dataclass(frozen=True)
 class Cost:
-    """One process: wall time in seconds, largest resident set in MiB."""
+    """One process: wall time and processor time in seconds, largest resident set in MiB."""
 
     seconds: float
+    cpu_seconds: float
     mebibytes: float
 
 
@@ -84,8 +85,8 @@ def _size(folder: Path, gigabytes: float, options: argparse.Namespace) -> None:
     base = folder / "base"
     layers, nbytes = _apart(write_checkpoint, base, gigabytes, options.shard_gigabytes)
     print(f"\n## {nbytes / 1e9:.2f} GB, {layers} layers, {len(list(base.glob('*.safetensors')))} files\n")
-    print("| patch | run | seconds | over import torch | × cp -r | peak MiB | over import torch |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print("| patch | run | seconds | over import torch | × cp -r | CPU seconds | peak MiB | over import torch |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     for targets in options.targets:
         patch = folder / "patch"
         _apart(write_patch, patch, layers, TARGETS[targets])
@@ -119,7 +120,11 @@ def measure(folder: Path, base: Path, patch: Path, options: argparse.Namespace) 
             found[name].append(timed(command, cache))
             shutil.rmtree(out, ignore_errors=True)
     return {
-        name: Cost(statistics.median(c.seconds for c in runs), max(c.mebibytes for c in runs))
+        name: Cost(
+            statistics.median(c.seconds for c in runs),
+            statistics.median(c.cpu_seconds for c in runs),
+            max(c.mebibytes for c in runs),
+        )
         for name, runs in found.items()
     }
 
@@ -137,7 +142,7 @@ def timed(command: list[str], cache: Path) -> Cost:
         if process.returncode:
             words.seek(0)
             raise RuntimeError(f"{command[:4]} failed: {words.read()[-2000:].decode(errors='replace')}")
-    return Cost(seconds, usage.ru_maxrss / 1024)
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 def write_checkpoint(folder: Path, gigabytes: float, shard_gigabytes: float) -> tuple[int, int]:
@@ -230,11 +235,11 @@ def _row(targets: str, name: str, cost: Cost, costs: dict[str, Cost], file: Path
     memory = cost.mebibytes - (0 if name.startswith("cp") else bare.mebibytes)
     print(
         f"| {targets} | {name} | {cost.seconds:.2f} | {over:.2f} | {over / copy.seconds:.2f} "
-        f"| {cost.mebibytes:.0f} | {memory:.0f} |",
+        f"| {cost.cpu_seconds:.2f} | {cost.mebibytes:.0f} | {memory:.0f} |",
         flush=True,
     )
     if file is not None:
-        row = {"bytes": nbytes, "patch": targets, "run": name, "seconds": cost.seconds, "mebibytes": cost.mebibytes}
+        row = {"bytes": nbytes, "patch": targets, "run": name, **vars(cost)}
         with file.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
 

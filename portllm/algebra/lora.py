@@ -51,6 +51,7 @@ class Update:
         _check(a, b)
         self.a, self.b = a.double(), b.double() * scale
         self._a32, self._b32 = self.a.float(), self.b.float()
+        self._columns_a = self.a.T.contiguous()  # (in, r): one column of A is one cache line or two
         self._largest_a = float(self.a.norm(dim=0).max()) if a.numel() else 0.0
         self._norms_b = self.b.norm(dim=1)
 
@@ -86,9 +87,9 @@ class Update:
         return EPSILON * ((len(self.a) + 4) * product + 3 * size)
 
     def _exact(self, weight: Tensor, index: Tensor, row: int) -> Tensor:
-        columns = weight.shape[1]
-        i, j = index.div(columns, rounding_mode="floor"), index.remainder(columns)
-        product = self.b[i + row].mul_(self.a[:, j].T).sum(dim=1)
+        i = index.div(weight.shape[1], rounding_mode="trunc")
+        j = index.sub(i, alpha=weight.shape[1])
+        product = self.b[i.add_(row)].mul_(self._columns_a[j]).sum(dim=1)
         return round_once(product.add_(weight.view(-1)[index].double()), weight.dtype)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from portllm.algebra.lora import Scratch
 
 PIECE_BYTES = 1 << 20
-BLOCK_ELEMENTS = 1 << 18  # the work of one block stays in the L2 cache
+BLOCK_ELEMENTS = 1 << 19  # larger blocks leave the L2 cache, smaller ones pay for the calls
 SLOTS = 3  # buffers per shard: one computed, one hashed, one waiting
 
 Progress = Callable[[int, int], None]
