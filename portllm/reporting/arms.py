@@ -13,7 +13,7 @@ from portllm.reporting.evidence import Evaluation, Evidence
 
 ARMS = ("base", "tuned", "ported", "retuned")
 MAIN_METRICS = ("exact_match,strict-match", "acc,none", "exact_match,none", "acc_norm,none")
-FORMAT_METRIC = "format,none"
+FORMAT_METRIC = "format"
 LEAST_GAIN = 0.02  # re-tuning must gain this much for a recovery to mean anything
 WITHIN = 0.05  # "close to re-tuning" everywhere in the report
 
@@ -160,7 +160,12 @@ def _score(evaluation: Evaluation, key: tuple[str, str, str | None], metric: str
             f"average {sum(right.values()) / len(right):.4f}; run `dvc repro evaluate` again"
         )
     low, high = wilson(value * samples, samples)
-    return Score(value=value, low=low, high=high, samples=samples, format=evaluation.metrics[key].get(FORMAT_METRIC))
+    return Score(value=value, low=low, high=high, samples=samples, format=valid_format(evaluation.metrics[key]))
+
+
+def valid_format(metrics: Mapping[str, float]) -> float | None:
+    """`format,FILTER`: the filter is none for multiple choice, strict-match for generated numbers."""
+    return next((value for key, value in sorted(metrics.items()) if key.split(",")[0] == FORMAT_METRIC), None)
 
 
 def pair(left: Mapping[int, bool], right: Mapping[int, bool], params: ReportParams) -> Pairing | None:

@@ -51,3 +51,9 @@ def test_the_score_is_strict_match_before_accuracy_and_never_a_guess() -> None:
     assert arms.main_metric("t", {"f1,none": 0.2, "acc,none": 1.0}) == "acc,none"
     with pytest.raises(DataError, match="t: no score to report; expected .* found f1,none"):
         arms.main_metric("t", {"f1,none": 0.2})
+
+
+@pytest.mark.parametrize("key", ["format,none", "format,strict-match"])
+def test_the_share_of_valid_answers_is_found_whatever_the_filter(key: str) -> None:
+    assert arms.valid_format({"acc,none": 0.5, key: 0.75}) == 0.75
+    assert arms.valid_format({"acc,none": 0.5}) is None

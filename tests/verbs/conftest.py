@@ -142,7 +142,7 @@ class Tree:
         patch = None if arm == "base" else f"models/{arm}/{task}"
         return {
             "task": task, "patch": patch, "arm": arm, "patch_task": patch and task,
-            "metrics": {name: share, "format,none": 0.995}, "samples": len(rows),
+            "metrics": {name: share, f"format,{name.partition(',')[2]}": 0.995}, "samples": len(rows),
         }  # fmt: skip
 
     def _knowledge(self, corpus: str) -> list[dict[str, Any]]:
