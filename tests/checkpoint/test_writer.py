@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -183,15 +182,3 @@ def test_a_subset_is_a_file_of_its_own(names: list[str], one: Header, tmp_path: 
     found = load_file(tmp_path / "out")
     assert set(found) == set(names)
     assert all(torch.equal(found[name], whole[name]) for name in names)
-
-
-def test_memory_is_a_few_buffers(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
-    """A port of 64 MB of weights never holds more than a handful of pieces: the slots, and torch's scratch."""
-    header = read_header(
-        make_checkpoint(tmp_path / "c", {"w": torch.zeros(4096, 4096, dtype=torch.float32)}) / "model.safetensors"
-    )
-    hashing = writer._Hashing(
-        writer._longest_row(header, {"w": change(header, "w", torch.ones(1, 1), torch.ones(1, 1))})
-    )
-    held = sum(len(s.old) + len(s.new) for s in hashing._slots)
-    assert held <= 2 * writer.SLOTS * writer.PIECE_BYTES
