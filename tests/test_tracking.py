@@ -222,11 +222,12 @@ def test_a_killed_stage_leaves_neither_a_process_nor_a_running_run(project, clie
         from pathlib import Path
         from portllm.tracking import track
         with track("train", name={name!r}, params={{}}, root=Path({str(project)!r})) as tracker:
+            time.sleep(0.5)  # a stage killed before it said anything leaves no run
             if os.fork():  # a worker of the stage that outlives it and holds its pipes
                 print("ready", flush=True)
-                time.sleep(60)
+                time.sleep(90)
             os.close(1)
-            time.sleep(15)
+            time.sleep(90)
     """
     stage = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)],
@@ -239,7 +240,7 @@ def test_a_killed_stage_leaves_neither_a_process_nor_a_running_run(project, clie
     stage.send_signal(by)
     stage.wait(timeout=20)
     stage.stdout.close()
-    ended = _ends(recorder, within_seconds=20)
+    ended = _ends(recorder, within_seconds=60)
     for worker in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             worker.kill()
@@ -268,6 +269,18 @@ def test_a_registry_that_is_down_is_an_error(tmp_path, monkeypatch, unused_port)
     with pytest.raises(TrackingError, match="not registered in MLflow: .*; the decisions are on disk"):  # noqa: PT012, SIM117
         with track("register", name="register", params={}, root=tmp_path) as tracker:
             tracker.register([_candidate(tmp_path)])
+
+
+def test_a_stage_that_fails_is_not_blamed_on_the_registry(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    said = []
+    with (  # noqa: PT012 - the stage fails after it asked for a version
+        pytest.raises(KeyError),
+        track("register", name="register", params={}, root=tmp_path, warn=said.append) as tracker,
+    ):
+        tracker.register([_candidate(tmp_path)])
+        raise KeyError
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("stuck", ["exec sleep 60", "exit 3", "echo boom >&2; exit 1", "printf '{half'"])

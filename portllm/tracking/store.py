@@ -56,8 +56,7 @@ def connect(root: Path) -> MlflowClient:
 def experiment_id(client: MlflowClient, root: Path) -> str:
     """The id of the experiment named by MLFLOW_EXPERIMENT_NAME, else `portllm`; made when absent."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-    local = "MLFLOW_TRACKING_URI" not in os.environ
-    location = str(root.resolve() / ARTIFACTS) if local else None
+    location = None if os.environ.get("MLFLOW_TRACKING_URI") else str(root.resolve() / ARTIFACTS)
     with _locked(f"{tracking_uri(root)} {name}"):
         found = client.get_experiment_by_name(name)
         if found is None:

@@ -81,10 +81,10 @@ class Tracker:
         told = [{**plain(one, self._root), "checkpoint": self._reachable(one.checkpoint)} for one in candidates]
         self._send("register", candidates=told)
 
-    def ended(self, reply: Mapping[str, Any], warn: Callable[[str], object]) -> None:
-        """Take the recorder's last word. Raises TrackingError where candidates were not registered."""
+    def ended(self, status: Status, reply: Mapping[str, Any], warn: Callable[[str], object]) -> None:
+        """Take the recorder's last word. Raises TrackingError where a stage that went well was not registered."""
         error = reply.get("error")
-        if error and self.registering:
+        if error and self.registering and status == "FINISHED":
             raise TrackingError(f"not registered in MLflow: {error}; the decisions are on disk, run register again")
         if error:
             warn(f"Warning: the run was not recorded in MLflow ({error}); results are on disk")
@@ -129,7 +129,7 @@ def track(
     finally:
         if recorder is not None:
             reply = recorder.close(status, wait_seconds=_patience(status, wait_seconds, tracker.registering))
-            tracker.ended(reply, warn)
+            tracker.ended(status, reply, warn)
 
 
 class Recorder:
