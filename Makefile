@@ -34,7 +34,7 @@ check: $(READY) ## lint, types and the architecture's laws
 seeds: $(READY) ## repeat the experiment with other seeds: make seeds SEEDS="1 2"
 	for seed in $(SEEDS); do dvc exp run --temp --name seed-$$seed \
 	  -S prepare.seed=$$seed -S fetch.seed=$$seed -S evolve.seed=$$seed -S train.seed=$$seed || exit 1; done
-	dvc exp show --no-pager --drop '.*' --keep 'results.*|seed'
+	python benchmarks/seeds.py
 
 ui: $(READY) ## browse the runs and the registered models in MLflow
 	mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"

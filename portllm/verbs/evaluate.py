@@ -108,7 +108,7 @@ def run(
         cells.append(cell)
         if on_progress:
             on_progress(len(cells), total, f"{cell.arm} {cell.task}")
-    files = [path for spec in specs.values() if isinstance(spec, Mapping) for path in _files(spec)]
+    files = [_asked(spec) for spec in specs.values() if isinstance(spec, Mapping)]
     result = Evaluation(model=public_name(model), fingerprint=mark, data=digests(files), cells=tuple(cells))
     with staged_file(out) as path:
         path.write_text(dumps(result.as_json()), encoding="utf-8")
@@ -139,8 +139,9 @@ def _news(corpus: Path | None) -> dict[str, str | dict[str, Any]]:
     return tasks
 
 
-def _files(spec: Mapping[str, Any]) -> list[Path]:
-    return [Path(p) for p in spec["dataset_kwargs"]["data_files"].values()]
+def _asked(spec: Mapping[str, Any]) -> Path:
+    """The file whose rows the harness asks; the other splits are there for few-shot examples only."""
+    return Path(spec["dataset_kwargs"]["data_files"][spec["test_split"]])
 
 
 def _score(

@@ -1,0 +1,65 @@
+"""The experiment over several whole-chain seeds, side by side: what `make seeds` prints at its end.
+
+    make seeds SEEDS="1 2"           # runs them as DVC experiments, then this
+    python benchmarks/seeds.py       # the table again
+
+Reads the workspace (the default seed) and every experiment named seed-… on the current commit.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+ARMS = ("base", "tuned", "ported", "retuned")
+KNOWERS = ("base", "old", "ported", "retuned")
+KINDS = ("changed", "new", "kept")
+
+
+def main() -> None:
+    import dvc.api
+    import yaml
+
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    rows = [row for row in dvc.api.exp_show(str(ROOT)) if wanted(row)]
+    names = [str(row.get("Experiment") or "default") for row in rows]
+    print(f"seeds: {', '.join(names)} (mean ± standard deviation over {len(rows)}, then each)\n")
+    for release in params["releases"]:
+        table(release, rows, [(task, task, arm) for task in [*params["tasks"], "mean"] for arm in ARMS])
+        table(
+            f"{release} knowledge",
+            rows,
+            [(f"knowledge.{arm}", arm, kind) for arm in KNOWERS for kind in KINDS],
+            release,
+        )
+    table("base probe", rows, [("probe", "probe", task) for task in params["tasks"]], params["releases"][0])
+
+
+def table(title: str, rows: list[dict[str, Any]], cells: list[tuple[str, str, str]], release: str = "") -> None:
+    """Print one table of percentages: a row per cell that any seed measured."""
+    print(f"| {title} | mean ± sd | each seed |\n|---|---:|---|")
+    for group, label, leaf in cells:
+        values = [number(row.get(f"{release or title}.{group}.{leaf}")) for row in rows]
+        if all(math.isnan(v) for v in values):
+            continue
+        known = [v for v in values if not math.isnan(v)]
+        spread = f" ± {100 * stdev(known):.1f}" if len(known) > 1 else ""
+        print(f"| {label} {leaf} | {100 * fmean(known):.1f}{spread} | {' · '.join(f'{100 * v:.1f}' for v in values)} |")
+    print()
+
+
+def wanted(row: dict[str, Any]) -> bool:
+    """The workspace, and the experiments that `make seeds` named."""
+    return row.get("rev") == "workspace" or str(row.get("Experiment") or "").startswith("seed-")
+
+
+def number(value: Any) -> float:
+    """A metric as a float; nan where it was not measured."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+if __name__ == "__main__":
+    main()
