@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
 SEEDS ?= 1 2
+PORT ?= 5000
 export PATH := $(BIN):$(PATH)
 
 help: ## list the targets
@@ -37,7 +38,9 @@ seeds: $(READY) ## repeat the experiment with other seeds: make seeds SEEDS="1 2
 	python benchmarks/seeds.py
 
 ui: $(READY) ## browse the runs and the registered models in MLflow
-	mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
+	@echo "open http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning"
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
+	  mlflow ui --port $(PORT) --workers 1 --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 
 constraints: $(READY) ## write constraints.txt from what .venv holds
 	{ head -1 constraints.txt; pip list --format=freeze --exclude-editable | sed 's/+cpu//' | grep -v '^pip='; } > .constraints.new

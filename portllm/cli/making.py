@@ -10,7 +10,7 @@ import click
 
 from portllm import params
 from portllm.cli.options import DIRECTORY, FORCE, OUT, apply, common, of_section
-from portllm.cli.running import Common, answer, measured, stage
+from portllm.cli.running import Common, answer, measured, place, stage
 
 
 @click.command(short_help="A task's data, or a release's corpus.")
@@ -139,7 +139,7 @@ def train(
     from portllm.verbs import train as verb
 
     section = apply(params.load(opts.params_file).train.for_task(task), flags, where="train")
-    name = f"train {out.parent.name}/{out.name}"
+    name = f"train {place(out)}"
     with stage("train", name=name, section=section, opts=opts) as running:
         record = verb.run(
             base=resolve(base), task=task, data=data, out=out, params=section, force=force,
@@ -185,7 +185,7 @@ def port(
     from portllm.verbs import port as verb
 
     section = apply(params.load(opts.params_file).port, flags, where="port")
-    name = f"port {out.parent.name}/{out.name}"
+    name = f"port {place(out)}"
     with stage("port", name=name, section=section, opts=opts) as running:
         record = verb.run(
             patch=resolve(patch), onto=resolve(onto), source=resolve(source) if source else None, out=out,

@@ -146,6 +146,11 @@ def stage(verb: str, *, name: str, section: Any, opts: Common, always: bool = Fa
             _write_cost(opts.cost, {"stage": verb, **running.cost})
 
 
+def place(out: Path) -> str:
+    """How a run is named after what it writes: `v1/boolq`, short enough for MLflow's table of runs."""
+    return f"{out.parent.name}/{out.name.removeprefix('world_')}"
+
+
 def answer(record: Mapping[str, Any], *, as_json: bool, line: str) -> None:
     """The verb's one answer on stdout: a JSON object, or a line for people."""
     click.echo(json.dumps(record, ensure_ascii=False) if as_json else line)
