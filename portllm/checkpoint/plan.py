@@ -19,6 +19,9 @@ CONV1D_MODULES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 # names in memory that differ on disk, per model type (transformers' conversion mapping)
 RENAMED = {"gpt_neox": {"lm_head": "embed_out"}}
 
+# published without their language-model class: transformers adds the prefix when no tensor has it
+BASE_PREFIX = {"gpt2": "transformer."}
+
 HEADS = frozenset({"lm_head", "embed_out"})
 # model types whose class unties the head when config.json does not say
 UNTIED_BY_DEFAULT = frozenset({
@@ -90,8 +93,13 @@ def check_saved(patch: Patch, base: Checkpoint, source: Checkpoint | None) -> No
 def tensor_name(module: str, base: Checkpoint) -> str:
     """The checkpoint tensor that holds the weight of `module`."""
     name = f"{module}.weight"
-    renamed = RENAMED.get(str(base.config.get("model_type")), {}).get(module)
-    return f"{renamed}.weight" if renamed and name not in base.where else name
+    if name in base.where:
+        return name
+    kind = str(base.config.get("model_type"))
+    prefix = BASE_PREFIX.get(kind)
+    if prefix and not any(known.startswith(prefix) for known in base.where):
+        return name.removeprefix(prefix)
+    return f"{RENAMED.get(kind, {}).get(module, module)}.weight"
 
 
 def linears(base: Checkpoint) -> set[str]:

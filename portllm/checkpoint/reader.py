@@ -139,7 +139,7 @@ def read_exactly(handle: int, buffer: memoryview, offset: int, path: Path) -> No
 def shard_names(path: Path) -> list[str]:
     """File names of the safetensors that make up the checkpoint, sorted. Raises CheckpointError, UnsafeFileError."""
     single, index = (path / SINGLE).is_file(), (path / INDEX).is_file()
-    if single and index:
+    if single and index and set(_weight_map(path).values()) != {SINGLE}:
         raise CheckpointError(
             f"{path}: has both {SINGLE} and {INDEX}, which contradict each other; remove the stale one"
         )

@@ -163,8 +163,10 @@ def _write_adapter(
 def _retargeted(config: Mapping[str, Any], name: str, scale: float) -> dict[str, Any]:
     tree = {**config, "base_model_name_or_path": name, "revision": None}
     if scale != 1.0:
-        tree["lora_alpha"] = config["lora_alpha"] * scale
-        tree["alpha_pattern"] = {key: alpha * scale for key, alpha in (config.get("alpha_pattern") or {}).items()}
+        alphas = config.get("alpha_pattern") or {}
+        tree["alpha_pattern"] = {key: alpha * scale for key, alpha in alphas.items()}
+        if config.get("lora_alpha") is not None:  # it may be left out where a pattern covers every module
+            tree["lora_alpha"] = config["lora_alpha"] * scale
     return tree
 
 

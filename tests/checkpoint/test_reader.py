@@ -88,9 +88,11 @@ def test_one_tensor_in_two_shards_is_refused(tmp_path: Path, make_checkpoint: Ma
 
 def test_single_file_and_index_together_are_ambiguous(tmp_path: Path, make_checkpoint: Make) -> None:
     folder = make_checkpoint(tmp_path / "c", TENSORS)
-    (folder / INDEX).write_text("{}")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(TENSORS, "model-00001-of-00002.safetensors")}))
     with pytest.raises(CheckpointError, match="remove the stale one"):
         Checkpoint.open(folder)
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(TENSORS, "model.safetensors")}))
+    assert Checkpoint.open(folder).names == tuple(sorted(TENSORS))
 
 
 def test_pickle_is_refused_with_the_command_that_converts_it(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ on tiny random models; the new base is never the one the patch was trained on.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,18 @@ def test_logits_are_those_of_the_unmerged_adapter(kind: str, tmp_path: Path) -> 
     assert_close(logits(tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
     factors = load_file(patch / "adapter_model.safetensors")
     assert record.modules["matched"] == record.tensors["changed"] == len(factors) / 2
+
+
+def test_gpt2_as_the_hub_has_it(tmp_path: Path) -> None:
+    """Published without its head: names on disk lack the prefix of memory, and square weights are stored (in, out)."""
+    patch = train("gpt2", tmp_path / "patch")
+    new_model("gpt2", 1).transformer.save_pretrained(tmp_path / "new")
+    assert "h.0.attn.c_proj.weight" in load_file(tmp_path / "new" / "model.safetensors")
+    assert json.loads((patch / "adapter_config.json").read_text())["fan_in_fan_out"]
+    edited = {**json.loads((patch / "adapter_config.json").read_text()), "fan_in_fan_out": False}
+    (patch / "adapter_config.json").write_text(json.dumps(edited))  # the layout is the base's, whatever the flag says
+    merged(patch, tmp_path / "new", tmp_path / "out")
+    assert_close(logits(tmp_path / "out"), logits(tmp_path / "new", patch), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
