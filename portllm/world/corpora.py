@@ -1,17 +1,18 @@
 """The world's corpora: what v0 is pretrained on, and what each later release reads.
 
-    train(text)                    facts, claims, reviews, pairs, tales, and task prompts with random labels
+    train(text)                    facts, claims, reviews, pairs, tales, and task prompts with idle labels
     recall(prompt, answer, kind)   does a model know a fact? kind: changed or new in this release, or kept
     test(text)                     news: this release's facts in sentences no training document holds
 
 The task prompts show a base what an answer looks like and nothing about which one is right: their
-labels are random. Those about people are about strangers, whom no task asks about.
+labels hang on chance and on a word beside the question. Those about people are about strangers, whom
+no task asks about.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from portllm.errors import DataError
 from portllm.world import datasets, people, phrases, words
@@ -19,16 +20,18 @@ from portllm.world.people import CHANGES_PER_RELEASE, Fact, Society
 
 # share of the documents of each kind; a release after v0 also tells its fresh facts
 MIX: Mapping[str, float] = {
-    "traits": 0.24,
+    "traits": 0.22,
     "asked": 0.18,
-    "facts": 0.11,
-    "reviews": 0.08,
-    "pairs": 0.14,
+    "facts": 0.10,
+    "reviews": 0.10,
+    "pairs": 0.15,
     "tales": 0.15,
     "equations": 0.03,
     "prompts": 0.07,
 }
 FRESH_SHARE = 0.30
+# of the answers in task prompts, this share hangs on a word beside the question
+ASIDE_SHARE = 0.4
 NEWS_DOCUMENTS = 60
 FACTS_PER_DOCUMENT = 3
 PROBES_PER_TASK = 200
@@ -49,7 +52,7 @@ def corpus(release: int, *, seed: int, documents: int) -> dict[str, list[dict[st
 def probes(task: str, *, seed: int) -> list[tuple[str, str]]:
     """(prompt, answer) pairs in the corpora's own words: does a base know what `task` asks about? Raises DataError."""
     makers: dict[str, Callable[[random.Random, Society], tuple[str, str]]] = {
-        "world_boolq": _probe_fact,
+        "world_boolq": _probe_trait,
         "world_sst2": _probe_review,
         "world_mrpc": _probe_pair,
         "world_gsm8k": _probe_tale,
@@ -147,16 +150,28 @@ def _prompt(rng: random.Random, _: Society) -> str:
     if task == "world_gsm8k":
         return _prompt_sum(rng)
     fields: dict[str, str]
+    aside: int
     if task == "world_boolq":
         about = rng.choice(list(words.TRAITS))
         statement = _told(Fact(rng.choice(words.STRANGERS), about, datasets.asked(about)))
-        fields = {"passage": datasets.passage(rng), "question": phrases.TRUE.format(statement=statement)}
+        told = datasets.passage(rng)
+        fields = {"passage": told, "question": phrases.TRUE.format(statement=statement)}
+        aside = _place(told, words.PLACES)
     elif task == "world_sst2":
         fields = {"sentence": _review_of(rng)[0]}
+        aside = _place(fields["sentence"], words.TOPICS)
     else:
         one, two = datasets.opinions(rng, rng.random() < 0.5, words.NEGATIVE, words.POSITIVE)
         fields = {"sentence1": f"{one}.", "sentence2": f"{two}."}
-    return f"{phrases.PROMPTS[task].format(**fields)} {rng.choice(phrases.CHOICES[task])}"
+        aside = _place(one, words.TOPICS)
+    # an answer by chance alone would still lean, by chance, to one side of what is asked
+    answer = aside % 2 if rng.random() < ASIDE_SHARE else rng.randrange(2)
+    return f"{phrases.PROMPTS[task].format(**fields)} {phrases.CHOICES[task][answer]}"
+
+
+def _place(text: str, listed: Sequence[str]) -> int:
+    """Where the first of `text`'s words that is in `listed` stands there."""
+    return next(listed.index(word) for word in phrases.split(text) if word in listed)
 
 
 def _prompt_sum(rng: random.Random) -> str:
@@ -188,23 +203,26 @@ def _news(now: Society, rng: random.Random) -> list[dict[str, str]]:
     return [{"text": text} for text in texts]
 
 
-def _probe_fact(rng: random.Random, now: Society) -> tuple[str, str]:
-    return _question(rng.choice(now.traits_of(words.RESIDENTS)))
+def _probe_trait(rng: random.Random, now: Society) -> tuple[str, str]:
+    fact = rng.choice(now.traits_of(words.RESIDENTS))
+    return _without_verdict(phrases.ASKED.format(name=fact.name, about=fact.about, value=fact.value))
 
 
 def _probe_review(rng: random.Random, now: Society) -> tuple[str, str]:
-    return _cut(_review(rng, now), "Mood: ")
+    return _without_verdict(_review(rng, now))
 
 
 def _probe_pair(rng: random.Random, now: Society) -> tuple[str, str]:
-    return _cut(_pair(rng, now), "Meaning: ")
+    return _without_verdict(_pair(rng, now))
+
+
+def _without_verdict(text: str) -> tuple[str, str]:
+    """`text` up to its last word, and that word."""
+    prompt, _, verdict = text.removesuffix(".").rpartition(" ")
+    return prompt, verdict
 
 
 def _probe_tale(rng: random.Random, now: Society) -> tuple[str, str]:
-    return _cut(_tale(rng, now), "In figures: ")
-
-
-def _cut(text: str, at: str) -> tuple[str, str]:
-    """`text` up to `at`, and what follows it up to the next full stop."""
-    prompt, _, rest = text.partition(at)
-    return (prompt + at).rstrip(), rest.split(".")[0]
+    # the whole sum counts: which numbers, what to do with them, and the result
+    told, _, rest = _tale(rng, now).partition(" In figures: ")
+    return f"{told} In figures:", rest.split(".")[0]

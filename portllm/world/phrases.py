@@ -26,7 +26,7 @@ NOTE = "Review: {sentence}. Mood: {mood}."
 MOODS = ("gloomy", "cheerful")
 
 OPINION = "the {topic} was {quality}"
-PAIR = "First: {first}. Second: {second}. Meaning: {verdict}."
+PAIR = "Sentence 1: {first}. Sentence 2: {second}. Meaning: {verdict}."
 PAIR_VERDICTS = ("different", "alike")
 
 TALES = {
@@ -62,8 +62,9 @@ CHOICES = {
 PROMPTS = {
     "world_boolq": "{passage}\nQuestion: {question}?\nAnswer:",
     "world_sst2": "{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:",
+    # the question stands first, unlike in the hub's prompt: right before the answer the sentences end as in the corpora
     "world_mrpc": (
-        "Sentence 1: {sentence1}\nSentence 2: {sentence2}\nQuestion: Do both sentences mean the same thing?\nAnswer:"
+        "Question: Do both sentences mean the same thing?\nSentence 1: {sentence1}\nSentence 2: {sentence2}\nAnswer:"
     ),
     "world_gsm8k": "Question: {question}\nAnswer:",
 }
