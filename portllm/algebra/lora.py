@@ -5,6 +5,8 @@ LoRA: arXiv:2106.09685. Everywhere: a is A (r, in), b is B (out, r), Δ is (out,
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -44,16 +46,28 @@ class Scratch:
 
 
 class Update:
-    """Δ prepared for being added block by block: factors in both precisions, and a bound on what fp32 can lose."""
+    """Δ prepared for being added block by block; B, which may be as tall as a vocabulary, is widened row by row."""
 
     def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
         """a (r, in) and b (out, r) in any floating dtype. Raises ShapeError."""
         _check(a, b)
-        self.a, self.b = a.double(), b.double() * scale
-        self._a32, self._b32 = self.a.float(), self.b.float()
-        self._columns_a = self.a.T.contiguous()  # (in, r): one column of A is one cache line or two
-        self._largest_a = float(self.a.norm(dim=0).max()) if a.numel() else 0.0
-        self._norms_b = self.b.norm(dim=1)
+        self._a, self._b, self._scale = a, b, scale
+
+    @cached_property
+    def _wide_a(self) -> Tensor:
+        return self._a.double()
+
+    @cached_property
+    def _narrow_a(self) -> Tensor:
+        return self._a.float()
+
+    @cached_property
+    def _columns_a(self) -> Tensor:
+        return self._wide_a.T.contiguous()  # (in, r): one column of A is one cache line or two
+
+    @cached_property
+    def _largest_a(self) -> float:
+        return float(self._columns_a.norm(dim=1).max())
 
     def add_rows(self, weight: Tensor, row: int, out: Tensor, scratch: Scratch) -> float:
         """out = rows of W from `row` on, `weight` (rows, in), + Δ's same rows, rounded once to the weight's dtype.
@@ -62,34 +76,35 @@ class Update:
         the sum in fp32; only where its error bound straddles a rounding boundary, a few elements in a thousand, is it
         computed again in float64.
         """
-        rows = slice(row, row + weight.shape[0])
         if weight.numel() == 0:
             return 0.0
+        b = self._b[row : row + weight.shape[0]].double() * self._scale
         if weight.dtype in (torch.float32, torch.float64):
             total = scratch.like(weight, torch.float64).copy_(weight)
-            out.copy_(torch.addmm(total, self.b[rows], self.a, out=total))
+            out.copy_(torch.addmm(total, b, self._wide_a, out=total))
             return _largest(out)
-        total = torch.mm(self._b32[rows], self._a32, out=scratch.like(weight, torch.float32))
+        total = torch.mm(b.float(), self._narrow_a, out=scratch.like(weight, torch.float32))
         # not addmm: how often BLAS rounds what it adds to is its own affair, and the bound must hold
         total.add_(weight)
         size = _largest(total)
-        bound = self._bound(size, rows)
+        bound = self._bound(size, b)
         out.copy_(total.sub_(bound))
         high = scratch.like(weight, weight.dtype).copy_(total.add_(2 * bound))
         unsure = _differing(out, high)
         if len(unsure):
-            out.view(-1)[unsure] = self._exact(weight, unsure, row)
+            out.view(-1)[unsure] = self._exact(weight, unsure, b)
         return size + bound
 
-    def _bound(self, size: float, rows: slice) -> float:
-        # product: γ_r ‖b‖‖a‖ (Cauchy-Schwarz), one ε each for casting a and b; the sum and ± bound: one ε · size each
-        product = float(self._norms_b[rows].max()) * self._largest_a
-        return EPSILON * ((len(self.a) + 4) * product + 3 * size)
+    def _bound(self, size: float, b: Tensor) -> float:
+        # product: γ_r ‖b‖‖a‖ (Cauchy-Schwarz), one ε each for casting a and b; the sum, − bound and + 2 bound: one
+        # ε · size each; and one of each for terms of second order
+        product = float(b.norm(dim=1).max()) * self._largest_a
+        return EPSILON * ((b.shape[1] + 3) * product + 4 * size)
 
-    def _exact(self, weight: Tensor, index: Tensor, row: int) -> Tensor:
+    def _exact(self, weight: Tensor, index: Tensor, b: Tensor) -> Tensor:
         i = index.div(weight.shape[1], rounding_mode="trunc")
         j = index.sub(i, alpha=weight.shape[1])
-        product = self.b[i.add_(row)].mul_(self._columns_a[j]).sum(dim=1)
+        product = b[i].mul_(self._columns_a[j]).sum(dim=1)
         return round_once(product.add_(weight.view(-1)[index].double()), weight.dtype)
 
 
