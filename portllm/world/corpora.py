@@ -1,6 +1,6 @@
 """The world's corpora: what v0 is pretrained on, and what each later release reads.
 
-    train(text)                    facts, claims, reviews, pairs, tales, and task prompts with idle labels
+    train(text)                    traits, facts, reviews, pairs, tales, and task prompts with idle labels
     recall(prompt, answer, kind)   does a model know a fact? kind: changed or new in this release, or kept
     test(text)                     news: this release's facts in sentences no training document holds
 
