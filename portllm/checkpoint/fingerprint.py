@@ -65,20 +65,19 @@ def cached(shard: Header) -> dict[str, str] | None:
     try:
         tree = json.loads(_cache_file(shard.path).read_text(encoding="utf-8"))
         known = tree["tensors"]
-        if tree["identity"] == _identity(shard.path) and set(known) == set(shard.tensors):
+        if tree["identity"] == identity(shard.path.stat()) and set(known) == set(shard.tensors):
             return {str(name): _hex(value) for name, value in known.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # absent, broken or not ours: as good as no cache
     return None
 
 
-def remember(shard: Header, known: Mapping[str, str], identity: list[int] | None = None) -> None:
-    """Keep the digests of a file's tensors, unless the file could still be changing; never raises."""
-    now = _identity(shard.path)
-    if identity not in (None, now) or time.time_ns() - max(now[-2:]) < SETTLED_NS:
-        return
-    text = json.dumps({"identity": now, "tensors": dict(known)})
+def remember(shard: Header, known: Mapping[str, str], was: list[int]) -> None:
+    """Keep the digests of a file's tensors, unless the file is not what it `was` before or is still fresh."""
+    text = json.dumps({"identity": was, "tensors": dict(known)})
     try:
+        if identity(shard.path.stat()) != was or time.time_ns() - max(was[-2:]) < SETTLED_NS:
+            return
         with staged_file(_cache_file(shard.path)) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError:
@@ -89,11 +88,11 @@ def _file_digests(shard: Header) -> dict[str, str]:
     known = cached(shard)
     if known is not None:
         return known
-    identity = _identity(shard.path)
     buffer = memoryview(bytearray(PIECE_BYTES))
     with shard.path.open("rb", buffering=0) as file:
+        was = identity(os.fstat(file.fileno()))
         known = {name: _tensor_digest(file.fileno(), e, buffer, shard.path) for name, e in shard.tensors.items()}
-    remember(shard, known, identity)
+    remember(shard, known, was)
     return known
 
 
@@ -106,8 +105,8 @@ def _tensor_digest(handle: int, entry: TensorEntry, buffer: memoryview, path: Pa
     return total.hexdigest()
 
 
-def _identity(path: Path) -> list[int]:
-    stat = path.stat()
+def identity(stat: os.stat_result) -> list[int]:
+    """What tells one state of a file from every other."""
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from portllm.checkpoint.fingerprint import identity
 from portllm.checkpoint.headers import Header, TensorEntry
 from portllm.checkpoint.plan import Change
 from portllm.checkpoint.reader import TORCH_DTYPES, read_exactly
@@ -71,6 +72,7 @@ class Written:
     """One written file: its SHA-256, and the SHA-256 of its tensors before and after."""
 
     sha256: str = ""
+    source: list[int] = field(default_factory=list)  # identity of the file it was made from
     before: dict[TensorEntry, str] = field(default_factory=dict)
     after: dict[TensorEntry, str] = field(default_factory=dict)
 
@@ -137,6 +139,7 @@ def _write_shard(shard: Header, target: Path, job: Job) -> Written:
     try:
         with shard.path.open("rb", buffering=0) as reading, target.open("wb", buffering=0) as writing:
             stat = os.fstat(reading.fileno())
+            written.source = identity(stat)
             with _Hashing(_longest_row(shard, job.changes)) as hashing:
                 _write_tensors(reading.fileno(), writing.fileno(), shard, job, hashing, written)
                 written.sha256 = hashing.total()

@@ -128,7 +128,7 @@ def _write_merged(
         files[target.name] = result.sha256
         before.update(result.before)
         after.update(result.after)
-        fingerprint.remember(shards[target], {e.name: digest for e, digest in result.before.items()})
+        fingerprint.remember(shards[target], {e.name: digest for e, digest in result.before.items()}, result.source)
     return dataclasses.replace(
         record,
         base=dataclasses.replace(record.base, fingerprint=fingerprint.combine(before)),
