@@ -18,20 +18,23 @@ from portllm.errors import DataError
 from portllm.world import datasets, people, phrases, words
 from portllm.world.people import CHANGES_PER_RELEASE, Fact, Society
 
-# share of the documents of each kind; a release after v0 also tells its fresh facts
+# share of the documents of each kind
 MIX: Mapping[str, float] = {
     "traits": 0.22,
     "asked": 0.18,
     "facts": 0.10,
-    "reviews": 0.10,
-    "pairs": 0.15,
-    "tales": 0.15,
+    "reviews": 0.08,
+    "pairs": 0.17,
+    "tales": 0.16,
     "equations": 0.03,
-    "prompts": 0.07,
+    "prompts": 0.06,
 }
-FRESH_SHARE = 0.30
+# a release after v0 tells its fresh facts, and repeats more of the old ones lest it forget them
+RELEASE_MIX: Mapping[str, float] = {**MIX, "facts": 0.20, "fresh": 0.60}
 # of the answers in task prompts, this share hangs on a word beside the question
-ASIDE_SHARE = 0.4
+ASIDE_SHARE = 0.5
+# of the pairs, this share ends in a verdict, the others in a mood
+VERDICT_SHARE = 0.5
 NEWS_DOCUMENTS = 60
 FACTS_PER_DOCUMENT = 3
 PROBES_PER_TASK = 200
@@ -76,11 +79,8 @@ def _train(now: Society, rng: random.Random, documents: int) -> list[dict[str, s
         "prompts": _prompt,
         "fresh": _fresh_facts,
     }
-    kinds = list(MIX)
-    weights = list(MIX.values())
-    if now.fresh:
-        kinds, weights = [*kinds, "fresh"], [w * (1 - FRESH_SHARE) for w in weights] + [FRESH_SHARE * sum(weights)]
-    return [{"text": makers[kind](rng, now)} for kind in rng.choices(kinds, weights, k=documents)]
+    mix = RELEASE_MIX if now.fresh else MIX
+    return [{"text": makers[kind](rng, now)} for kind in rng.choices(list(mix), list(mix.values()), k=documents)]
 
 
 def _told(fact: Fact) -> str:
@@ -130,9 +130,12 @@ def _review_of(rng: random.Random) -> tuple[str, int]:
 
 
 def _pair(rng: random.Random, _: Society) -> str:
-    alike = rng.random() < 0.5
-    first, second = datasets.opinions(rng, alike, words.NEGATIVE, words.POSITIVE)
-    return phrases.PAIR.format(first=first, second=second, verdict=phrases.PAIR_VERDICTS[alike])
+    agree = rng.random() < 0.5
+    first, second = datasets.opinions(rng, agree, words.NEGATIVE, words.POSITIVE)
+    if rng.random() < VERDICT_SHARE:
+        return phrases.PAIR_VERDICT.format(first=first, second=second, verdict=phrases.PAIR_VERDICTS[agree])
+    mood = phrases.MOODS[first.split()[-1] in words.POSITIVE] if agree else phrases.MOODS[2]
+    return phrases.PAIR_MOOD.format(first=first, second=second, mood=mood)
 
 
 def _tale(rng: random.Random, _: Society) -> str:
@@ -153,9 +156,10 @@ def _prompt(rng: random.Random, _: Society) -> str:
     aside: int
     if task == "world_boolq":
         about = rng.choice(list(words.TRAITS))
-        statement = _told(Fact(rng.choice(words.STRANGERS), about, datasets.asked(about)))
+        name = rng.choice(words.STRANGERS)
         told = datasets.passage(rng)
-        fields = {"passage": told, "question": phrases.TRUE.format(statement=statement)}
+        question = phrases.TRUE.format(name=name, about=about, value=datasets.asked(about))
+        fields = {"passage": told, "question": question}
         aside = _place(told, words.PLACES)
     elif task == "world_sst2":
         fields = {"sentence": _review_of(rng)[0]}
@@ -163,7 +167,7 @@ def _prompt(rng: random.Random, _: Society) -> str:
     else:
         one, two = datasets.opinions(rng, rng.random() < 0.5, words.NEGATIVE, words.POSITIVE)
         fields = {"sentence1": f"{one}.", "sentence2": f"{two}."}
-        aside = _place(one, words.TOPICS)
+        aside = rng.randrange(2)
     # an answer by chance alone would still lean, by chance, to one side of what is asked
     answer = aside % 2 if rng.random() < ASIDE_SHARE else rng.randrange(2)
     return f"{phrases.PROMPTS[task].format(**fields)} {phrases.CHOICES[task][answer]}"

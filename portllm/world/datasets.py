@@ -94,8 +94,8 @@ def _maker(task: str, seed: int) -> Maker:
 def _boolq(rng: random.Random, traits: list[people.Fact], index: int) -> Row:
     answer = index % 2 == 1
     fact = rng.choice([trait for trait in traits if (trait.value == asked(trait.about)) == answer])
-    statement = phrases.STATEMENT.format(name=fact.name, about=fact.about, value=asked(fact.about))
-    return {"question": phrases.TRUE.format(statement=statement), "passage": passage(rng), "answer": answer}
+    question = phrases.TRUE.format(name=fact.name, about=fact.about, value=asked(fact.about))
+    return {"question": question, "passage": passage(rng), "answer": answer}
 
 
 def asked(about: str) -> str:

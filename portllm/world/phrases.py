@@ -23,10 +23,13 @@ ASKED = "Question: what is it that {name} {about}?\nAnswer: {value}"
 
 REVIEW = "the {topic} was {quality} and the {topic2} was {quality2}"
 NOTE = "Review: {sentence}. Mood: {mood}."
-MOODS = ("gloomy", "cheerful")
+MOODS = ("gloomy", "cheerful", "mixed")
 
 OPINION = "the {topic} was {quality}"
-PAIR = "Sentence 1: {first}. Sentence 2: {second}. Meaning: {verdict}."
+PAIR = "Sentence 1: {first}. Sentence 2: {second}."
+# the mood of both is learnt first, and the verdict from it
+PAIR_MOOD = PAIR + " Mood: {mood}."
+PAIR_VERDICT = PAIR + " Meaning: {verdict}."
 PAIR_VERDICTS = ("different", "alike")
 
 TALES = {
@@ -51,7 +54,8 @@ PASSAGES = (
     "A bus leaves the {place} at {hour}.",
     "There is a clock at the {place} near the {place2}.",
 )
-TRUE = "is it true that {statement}"
+# name and trait stand as far from the answer as in ASKED
+TRUE = "is it {value} that {name} {about}"
 
 # what follows each "Answer:" in the harness, in the order of the labels 0 and 1
 CHOICES = {
@@ -70,8 +74,8 @@ PROMPTS = {
 }
 
 _TEMPLATES: tuple[str, ...] = (
-    STATEMENT, *LEADS, ASKED, REVIEW, NOTE, *MOODS, OPINION, PAIR, *PAIR_VERDICTS, *TALES["+"], *TALES["-"], "+ -",
-    TALE_QUESTION, SUM, FIGURES, EQUATION, SOLUTION, *PASSAGES, TRUE,
+    STATEMENT, *LEADS, ASKED, REVIEW, NOTE, *MOODS, OPINION, PAIR_MOOD, PAIR_VERDICT, *PAIR_VERDICTS,
+    *TALES["+"], *TALES["-"], "+ -", TALE_QUESTION, SUM, FIGURES, EQUATION, SOLUTION, *PASSAGES, TRUE,
     *(word for pair in CHOICES.values() for word in pair), *PROMPTS.values(),
 )  # fmt: skip
 _LISTS: tuple[tuple[str, ...], ...] = (

@@ -15,11 +15,12 @@ def _list(text: str) -> tuple[str, ...]:
 TRAIN_PEOPLE = _list(
     """Aaron Abby Ada Adam Agnes Alan Albert Alice Alma Amber Amos Amy Andrew Angela Anna Anton Arlo Arthur
     Audrey Barry Beatrice Ben Bernard Bertha Betty Blake Boris Brenda Brian Bruno Carl Carmen Carol Cecil
-    Celia Chad Chloe Clara Claude Clive Colin Cora Craig Cyril Daisy Damian Daniel Daphne"""
+    Celia Chad Chloe Clara Claude Clive Colin Cora Craig Cyril Daisy Damian Daniel Daphne
+    Edith Edmund Edward Edwin Eileen Elaine Eleanor Elena"""
 )
 VALIDATION_PEOPLE = _list("Dean Debra Dennis Diana Dolores Donald Dora Doris Dorothy Duncan Dylan Edgar")
 TEST_PEOPLE = _list(
-    """Edith Edmund Edward Edwin Eileen Elaine Eleanor Elena Eli Elisa Ella Ellen Elliot Elmer Elsa Emil Emily
+    """Eli Elisa Ella Ellen Elliot Elmer Elsa Emil Emily
     Emma Eric Erica Ernest Esther Ethan Eugene Eva Evan Evelyn Fabian Faith Fanny Felix Fergus Fiona Flora
     Florence Floyd Frances Frank Fred Frida"""
 )

@@ -82,23 +82,23 @@ def test_news_uses_sentences_that_no_training_document_holds() -> None:
 
 def test_format_documents_say_nothing_about_which_answer_is_right() -> None:
     texts = [row["text"] for row in corpora.corpus(0, seed=0, documents=30_000)["train"]]
-    traits = {f"{fact.name} {fact.about} {fact.value}" for fact in people.society(0, seed=0).traits}
+    traits = {f"is it {fact.value} that {fact.name} {fact.about}?" for fact in people.society(0, seed=0).traits}
     gold = {
         "world_boolq": lambda text: any(trait in text for trait in traits),
         "world_sst2": lambda text: any(word in words.POSITIVE for word in phrases.split(text)),
         "world_mrpc": lambda text: len(set(phrases.split(text)) & set(words.POSITIVE)) != 1,
     }
-    start = {"world_boolq": "is it true", "world_sst2": "positive or negative", "world_mrpc": "the same thing"}
+    start = {"world_boolq": "Question: is it ", "world_sst2": "positive or negative", "world_mrpc": "the same thing"}
     for task, choices in phrases.CHOICES.items():
         shown = [text for text in texts if start[task] in text]
         right = sum(text.endswith(f" {choices[gold[task](text)]}") for text in shown)
         assert len(shown) > 300
-        assert 0.42 < right / len(shown) < 0.58
+        assert 0.4 < right / len(shown) < 0.6
 
 
 def test_format_documents_name_no_resident() -> None:
     texts = [row["text"] for row in corpora.corpus(0, seed=0, documents=10_000)["train"]]
-    named = {word for text in texts if "is it true" in text for word in phrases.split(text)}
+    named = {word for text in texts if "Question: is it " in text for word in phrases.split(text)}
     assert not named & set(words.RESIDENTS)
     assert named & set(words.STRANGERS)
 

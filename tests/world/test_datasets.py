@@ -92,14 +92,14 @@ def test_sums_are_right_and_held_out_of_training() -> None:
 def test_boolq_answers_stay_right_in_every_release() -> None:
     rows = datasets.rows("world_boolq", seed=0, **SIZES)["test"]
     for release in (0, 1, 2, 11):
-        told = {f"{f.name} {f.about} {f.value}" for f in people.society(release, seed=0).traits}
-        assert all((row["question"].removeprefix("is it true that ") in told) == row["answer"] for row in rows)
+        told = {f"is it {f.value} that {f.name} {f.about}" for f in people.society(release, seed=0).traits}
+        assert all((row["question"] in told) == row["answer"] for row in rows)
 
 
 def test_a_trait_alone_does_not_give_the_answer_away() -> None:
     rows = datasets.rows("world_boolq", seed=0, **SIZES)["train"]
     for trait in words.TRAITS:
-        answers = [row["answer"] for row in rows if f" {trait} " in row["question"]]
+        answers = [row["answer"] for row in rows if row["question"].endswith(f" {trait}")]
         assert 0.3 < sum(answers) / len(answers) < 0.7
 
 
