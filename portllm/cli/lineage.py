@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from portllm.verbs.report import ReportRecord
 
 Told = dict[str, Any]
+# set by `dvc exp run` for the commands of its stages
+DVC_EXPERIMENT = "DVC_EXP_NAME"
 
 
 def of_dataset(record: DatasetRecord, out: Path) -> Told:
@@ -103,7 +106,8 @@ def of_register(record: RegisterRecord, ported: Path, out: Path | None) -> Told:
 
 
 def candidates(record: RegisterRecord, ported: Path) -> list[Candidate]:
-    """The accepted models, as the registry takes them."""
+    """The accepted models, as the registry takes them; a DVC experiment's never take the alias away."""
+    alias = None if DVC_EXPERIMENT in os.environ else record.alias
     return [
         Candidate(
             name=d.name,
@@ -114,7 +118,7 @@ def candidates(record: RegisterRecord, ported: Path) -> list[Candidate]:
             base=d.base_fingerprint,
             patch=d.patch_fingerprint,
             metrics={d.metric: d.ported_score, f"base {d.metric}": d.base_score},
-            alias=record.alias,
+            alias=alias,
             description=d.reason,
         )
         for d in record.accepted

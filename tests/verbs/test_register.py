@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from portllm.checkpoint.records import PortRecord, Source
+from portllm.cli.lineage import candidates
 from portllm.errors import CheckpointError, EvaluationError, ParamsError
 from portllm.params import RegisterParams
 from portllm.verbs import register
@@ -138,3 +139,15 @@ def test_what_is_not_there_is_named(release, tmp_path):
         register.run(ported=release / "models/ported/v1", results=tmp_path / "no.json", params=RegisterParams())
     with pytest.raises(CheckpointError, match="run portllm port"):
         register.run(ported=tmp_path / "models", results=release / "v1.json", params=RegisterParams())
+
+
+@pytest.mark.parametrize(("experiment", "alias"), [(None, "champion"), ("seed-1", None)])
+def test_an_experiment_registers_without_taking_the_alias(release, monkeypatch, experiment, alias) -> None:
+    monkeypatch.delenv("DVC_EXP_NAME", raising=False)
+    if experiment:
+        monkeypatch.setenv("DVC_EXP_NAME", experiment)
+    ported = release / "models/ported/v1"
+    record = register.run(ported=ported, results=release / "v1.json", params=RegisterParams())
+    (candidate,) = candidates(record, ported)
+    assert (candidate.name, candidate.alias) == ("portllm-world_boolq", alias)
+    assert candidate.checkpoint == ported / "world_boolq"
