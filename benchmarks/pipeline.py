@@ -43,9 +43,11 @@ sys.exit(os.waitstatus_to_exitcode(status))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", help="stages to reproduce (default: all)")
+    parser.add_argument("--keep", type=Path, help="clone into this new directory, and leave it there")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+        folder = arguments.keep.resolve() if arguments.keep else Path(scratch)
+        folder.mkdir(parents=True, exist_ok=not arguments.keep)
         clone, log, shim = folder / "clone", folder / "log.jsonl", folder / "bin" / "portllm"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
         shim.parent.mkdir()

@@ -2,13 +2,15 @@
 
     make seeds SEEDS="1 2"           # runs them as DVC experiments, then this
     python benchmarks/seeds.py       # the table again
+    python benchmarks/seeds.py 5     # with the experiments of the last five commits
 
-Reads the workspace (the default seed) and every experiment named seed-… on the current commit.
+Reads the workspace (the default seed) and the experiments named seed-… on the current commit.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -23,8 +25,10 @@ def main() -> None:
     import dvc.api
     import yaml
 
+    commits = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    rows = [row for row in dvc.api.exp_show(str(ROOT)) if wanted(row)]
+    rows = [row for row in dvc.api.exp_show(str(ROOT), num=commits) if wanted(row)]
     names = [str(row.get("Experiment") or "default") for row in rows]
     print(f"seeds: {', '.join(names)} (mean ± standard deviation over {len(rows)}, then each)\n")
     for release in params["releases"]:
