@@ -2,15 +2,15 @@
 
     make seeds SEEDS="1 2"           # runs them as DVC experiments, then this
     python benchmarks/seeds.py       # the table again
-    python benchmarks/seeds.py 5     # with the experiments of the last five commits
+    python benchmarks/seeds.py --commits 5
 
 Reads the workspace (the default seed) and the experiments named seed-… on the current commit.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -25,7 +25,9 @@ def main() -> None:
     import dvc.api
     import yaml
 
-    commits = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--commits", type=int, default=1, help="how many commits back to look for experiments")
+    commits = parser.parse_args().commits
 
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     rows = [row for row in dvc.api.exp_show(str(ROOT), num=commits) if wanted(row)]
