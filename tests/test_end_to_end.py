@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,8 +166,12 @@ def test_a_release_may_be_a_merged_lora(life: SimpleNamespace) -> None:
 
 
 def test_a_release_may_be_a_directory_at_hand(life: SimpleNamespace) -> None:
-    record = fetch.run(out=life.root / "copy", params=params.FetchParams(source=str(life.v0)))
+    source = life.root / "published"
+    shutil.copytree(life.v0, source)
+    (source / "pytorch_model.bin").write_bytes(b"pickled weights are never taken along")
+    record = fetch.run(out=life.root / "copy", params=params.FetchParams(source=str(source)))
     assert record.fingerprint == life.first.fingerprint
+    assert {p.name for p in (life.root / "copy").iterdir()} == {p.name for p in life.v0.iterdir()}
     assert (life.root / "copy/model.safetensors").read_bytes() == (life.v0 / "model.safetensors").read_bytes()
 
 

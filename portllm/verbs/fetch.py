@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from portllm.checkpoint.files import companions
 from portllm.checkpoint.fingerprint import fingerprint
 from portllm.checkpoint.output import staged
 from portllm.checkpoint.provenance import digests, git_commit, public_name, revision, versions
+from portllm.checkpoint.reader import INDEX, shard_names
 from portllm.checkpoint.records import ReleaseRecord, Source
 from portllm.errors import DataError
 from portllm.lm import pretraining
@@ -56,8 +58,10 @@ def run(
 def _copy(source: Path, out: Path, force: bool) -> ReleaseRecord:
     mark = fingerprint(source)
     with staged(out, force=force, inputs=(source,)) as folder:
-        for path in sorted(p for p in source.iterdir() if p.is_file()):
-            shutil.copyfile(path, folder / path.name)
+        weights = [*shard_names(source), *(n for n in (INDEX,) if (source / n).is_file())]
+        for name, path in {**{n: source / n for n in weights}, **companions(source, source)}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
         record = ReleaseRecord(
             fingerprint=mark,
             base=Source(name=public_name(source), fingerprint=mark, revision=revision(source)),
