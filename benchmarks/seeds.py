@@ -58,8 +58,9 @@ def table(title: str, rows: list[dict[str, Any]], cells: list[tuple[str, str, st
 
 
 def wanted(row: dict[str, Any]) -> bool:
-    """The workspace, and the experiments that `make seeds` named."""
-    return row.get("rev") == "workspace" or str(row.get("Experiment") or "").startswith("seed-")
+    """The workspace, and the experiments that `make seeds` named and that have ended well."""
+    ended = row.get("State") in (None, "", "Success")
+    return row.get("rev") == "workspace" or (ended and str(row.get("Experiment") or "").startswith("seed-"))
 
 
 def number(value: Any) -> float:
