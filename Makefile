@@ -18,6 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools torch
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[test,dev]"
+	$(VENV)/bin/python -m compileall -q portllm  # forty short processes read it, some where Python may not write it
 	touch $@
 
 repro: $(READY) ## rebuild the whole experiment (dvc repro)
