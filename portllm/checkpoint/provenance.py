@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import subprocess  # noqa: S404  (git is asked one fixed question)
 from collections.abc import Iterable
 from pathlib import Path
+
+from portllm.checkpoint.fingerprint import file_digest
 
 # hub caches keep a repository's files in …/models--OWNER--NAME/snapshots/REVISION
 SNAPSHOTS = "snapshots"
@@ -43,8 +44,4 @@ def revision(path: Path) -> str | None:
 
 def digests(paths: Iterable[Path]) -> dict[str, str]:
     """sha256 of each file, by its name under its folder: `world_boolq/train.parquet`."""
-    found: dict[str, str] = {}
-    for path in paths:
-        with path.open("rb") as file:
-            found[f"{path.parent.name}/{path.name}"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {f"{path.parent.name}/{path.name}": file_digest(path) for path in paths}

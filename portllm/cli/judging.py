@@ -52,7 +52,7 @@ def evaluate(
     \b
     Examples:
       portllm evaluate new-base --patch my-patch --patch ported --tasks boolq,sst2 --out scores.json
-      portllm evaluate models/releases/v1 --patch models/ported/v1 --tasks world_boolq --out v1.json --limit 100
+      portllm evaluate models/releases/v1 --patch models/ported/v1 --tasks world_boolq --data data/tasks --out v1.json
     """
     from portllm.cli.lineage import of_evaluation
     from portllm.lm.hub import resolve

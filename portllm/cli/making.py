@@ -25,7 +25,7 @@ def prepare(dataset: str, out: Path, force: bool, opts: Common, **flags: Any) ->
     \b
     Examples:
       portllm prepare world_boolq --out data/world_boolq
-      portllm prepare corpus_v1 --out data/corpus_v1 --seed 7
+      portllm prepare corpus_v1 --out data/corpora/v1 --seed 7
     """
     from portllm.cli.lineage import of_dataset
     from portllm.verbs import prepare as verb
@@ -58,7 +58,7 @@ def fetch(
     \b
     Examples:
       portllm fetch mistralai/Mistral-7B-v0.1 --out models/releases/v0
-      portllm fetch world --corpus data/corpus_v0 --out models/releases/v0
+      portllm fetch world --corpus data/corpora/v0 --out models/releases/v0
     """
     from portllm.cli.lineage import of_release
     from portllm.verbs import fetch as verb
@@ -90,8 +90,8 @@ def evolve(base: str, corpus: Path, out: Path, force: bool, opts: Common, **flag
 
     \b
     Examples:
-      portllm evolve --base models/releases/v0 --corpus data/corpus_v1 --out models/releases/v1
-      portllm evolve --base models/releases/v0 --corpus data/corpus_v1 --out v1-lora --mode lora --lora-r 64
+      portllm evolve --base models/releases/v0 --corpus data/corpora/v1 --out models/releases/v1
+      portllm evolve --base models/releases/v0 --corpus data/corpora/v1 --out v1-lora --mode lora --lora-r 64
     """
     from portllm.cli.lineage import of_release
     from portllm.lm.hub import resolve
@@ -131,8 +131,8 @@ def train(
 
     \b
     Examples:
-      portllm train --base models/releases/v0 --task world_boolq --out models/patches/v0/world_boolq
-      portllm train --base models/releases/v0 --task world_sst2 --out my-patch --lora-r 4 --max-steps 100
+      portllm train --base models/releases/v0 --task world_boolq --data data/tasks --out my-patch
+      portllm train --base new-base --task world_sst2 --data data/tasks --out r4 --lora-r 4 --max-steps 100
     """
     from portllm.cli.lineage import of_patch
     from portllm.lm.hub import resolve
@@ -157,7 +157,7 @@ def train(
     "--onto", required=True, metavar="BASE", help="The release to port onto: a directory or hub-id[@revision]."
 )
 @click.option("--from", "source", metavar="OLD", help="The base the patch was trained on; its identity is checked.")
-@click.option("--dry-run", is_flag=True, help="Print the plan, checked whole, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Check everything, say how much would change, and write nothing.")
 @OUT
 @FORCE
 @of_section("port", params.PortParams)

@@ -63,6 +63,7 @@ class Harness:
             torch.set_num_threads(params.threads)
         self._tasks = tasks
         self._params = params
+        self._model = model
         self._lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=params.batch_size)
         if os.environ.get("TQDM_DISABLE"):
             _without_bars(self._lm)
@@ -71,8 +72,7 @@ class Harness:
         """The named tasks, scored on `model` (default: the model the harness was made with)."""
         from lm_eval.evaluator import evaluate
 
-        if model is not None:
-            self._lm._model = model
+        self._lm._model = self._model if model is None else model
         results = evaluate(
             self._lm,
             {"tasks": {name: self._tasks[name] for name in names}},

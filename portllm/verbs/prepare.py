@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from portllm.checkpoint.fingerprint import file_digest
 from portllm.checkpoint.output import staged
 from portllm.checkpoint.records import DatasetRecord
 from portllm.errors import DataError
@@ -27,7 +27,7 @@ def run(*, dataset: str, out: Path, params: PrepareParams, force: bool = False) 
     with staged(out, force=force) as folder:
         for split, rows in splits.items():
             _write(folder / f"{split}.parquet", rows)
-        digests = {split: _sha256(folder / f"{split}.parquet") for split in splits}
+        digests = {split: file_digest(folder / f"{split}.parquet") for split in splits}
     return DatasetRecord(dataset=dataset, digests=digests, rows={s: len(r) for s, r in splits.items()})
 
 
@@ -68,8 +68,3 @@ def _write(path: Path, rows: Rows) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.Table.from_pylist([dict(r) for r in rows]), path, compression="zstd")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
