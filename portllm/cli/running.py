@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # DVC names itself to the commands of its stages; without it, a verb was called by hand
 DVC_ROOT = "DVC_ROOT"
 ORPHAN_POLL_SECONDS = 0.5
+# DVC runs a stage in $SHELL, else in sh; some of them stay as the stage's parent
+SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish", "busybox"})
 PLAIN_SECONDS = 5.0
 
 
@@ -178,12 +180,28 @@ def _follow_parent() -> None:
     """End this process when the DVC that started it is gone, so that a killed pipeline leaves no stage running."""
     if DVC_ROOT not in os.environ:
         return
-    parent = os.getppid()
+    import psutil
+
+    links = _links_to_dvc()
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(ORPHAN_POLL_SECONDS)
+        with contextlib.suppress(psutil.Error):
+            while all(process.ppid() == parent for process, parent in links):
+                time.sleep(ORPHAN_POLL_SECONDS)
         # no clean-up on purpose: OUT is not there yet, and the next run removes what is beside it
         os._exit(130)
 
     threading.Thread(target=watch, daemon=True, name="follow-parent").start()
+
+
+def _links_to_dvc() -> list[tuple[Any, int]]:
+    """Each process from this one up to DVC with its parent: a shell may stand between the two, and outlive DVC."""
+    import psutil
+
+    links = [(psutil.Process(), os.getppid())]
+    with contextlib.suppress(psutil.Error):
+        parent = psutil.Process(os.getppid())
+        while parent.name() in SHELLS:
+            links.append((parent, parent.ppid()))
+            parent = psutil.Process(parent.ppid())
+    return links
