@@ -10,17 +10,16 @@ import math
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from portllm.checkpoint.headers import Header, TensorEntry, read_header
-from portllm.checkpoint.reader import read_json_object, read_tensor
+from portllm.checkpoint.pairs import LoraPair as LoraPair
+from portllm.checkpoint.pairs import TokenRows as TokenRows
+from portllm.checkpoint.reader import read_json_object
 from portllm.checkpoint.records import PatchRecord
 from portllm.errors import PatchError, ShapeError, UnmatchedModulesError, UnsafeFileError, UnsupportedPatchError
-
-if TYPE_CHECKING:
-    import torch
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -52,45 +51,6 @@ FEATURES = {
 
 
 @dataclass(frozen=True)
-class LoraPair:
-    """One module's factors: Δ (out, in) = scaling · b (out, r) @ a (r, in); read from disk when asked for."""
-
-    module: str
-    path: Path
-    a_entry: TensorEntry
-    b_entry: TensorEntry
-    scaling: float
-
-    @property
-    def rank(self) -> int:
-        """r, the inner dimension of the product."""
-        return self.a_entry.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the update."""
-        return self.b_entry.shape[0], self.a_entry.shape[1]
-
-    @property
-    def a(self) -> torch.Tensor:
-        """A (r, in) in its own dtype. Raises PatchError where it is not finite."""
-        return self._read(self.a_entry)
-
-    @property
-    def b(self) -> torch.Tensor:
-        """B (out, r) in its own dtype. Raises PatchError where it is not finite."""
-        return self._read(self.b_entry)
-
-    def _read(self, entry: TensorEntry) -> torch.Tensor:
-        tensor = read_tensor(self.path, entry)
-        if not tensor.isfinite().all():
-            raise PatchError(
-                f"{self.path}: tensor {entry.name} holds NaN or infinity; expected finite values, train the patch again"
-            )
-        return tensor
-
-
-@dataclass(frozen=True)
 class Patch:
     """A PEFT LoRA directory. `modules` is keyed by the module's name in the base model.
 
@@ -104,6 +64,10 @@ class Patch:
     modules: Mapping[str, LoraPair]
     saved: Mapping[str, TensorEntry]
     record: PatchRecord | None
+    stacks: Mapping[str, tuple[LoraPair, ...]] = field(default_factory=dict)
+    replaced: Mapping[str, TensorEntry] = field(default_factory=dict)
+    tokens: Mapping[str, TokenRows] = field(default_factory=dict)
+    init: Literal["plain", "pissa", "olora"] = "plain"
 
     @classmethod
     def open(cls, path: Path) -> Patch:
@@ -124,6 +88,11 @@ class Patch:
     def fan_in_fan_out(self) -> bool:
         """Whether PEFT was told that the base stores its weights transposed (GPT-2's Conv1D)."""
         return bool(self.config.get("fan_in_fan_out"))
+
+    @property
+    def ensure_weight_tying(self) -> bool:
+        """Whether the base's tied weights were kept tied in training."""
+        return bool(self.config.get("ensure_weight_tying"))
 
 
 def scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
@@ -227,7 +196,7 @@ def _pair(config: Mapping[str, Any], module: str, sides: Mapping[str, TensorEntr
             f"{module}: lora_A is {_times(a.shape)} and lora_B is {_times(b.shape)}, expected r={rank} between them "
             f"({CONFIG}); was the patch saved whole?"
         )
-    return LoraPair(module, path, a, b, scale)
+    return LoraPair(module, "linear", path, a, b, rank, scale)
 
 
 def _foreign(name: str, path: Path) -> PatchError:

@@ -279,7 +279,7 @@ def test_nothing_is_read_at_length_before_the_plan_stands(
     case = "a patch of another shape" if error is ShapeError else "a module the base lacks"
     BAD[case][0](bench)
     monkeypatch.setattr("portllm.checkpoint.reader.read_tensor", lambda *_: pytest.fail("read"))
-    monkeypatch.setattr("portllm.checkpoint.patch.read_tensor", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("portllm.checkpoint.pairs.read_tensor", lambda *_: pytest.fail("read"))
     with pytest.raises(error):
         bench.run()
 
