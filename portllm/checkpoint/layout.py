@@ -29,10 +29,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Module:
-    """A module of the model in memory that holds parameters of its own: its kind and their names and shapes."""
+    """A module of the model in memory that holds parameters of its own: its kind and their names and shapes.
+
+    `transposed` is transformers' `is_transposed` of fused experts: a weight is (experts, in, out), not (experts, out, in).
+    """
 
     kind: Kind
     parameters: Mapping[str, tuple[int, ...]]
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
