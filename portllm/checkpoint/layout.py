@@ -6,9 +6,12 @@ splits tensors on loading, `portllm.lm.layout` asks transformers itself and fill
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from portllm.checkpoint.reader import Checkpoint
 
 Kind = Literal["linear", "conv1d", "embedding", "other"]
 
@@ -50,3 +53,82 @@ class Layout:
     modules: Mapping[str, Module]
     parts: Mapping[str, tuple[Part, ...]]
     tied: Mapping[str, str]
+
+
+# model types whose tensors are in memory as they are on disk (a test compares each with what transformers says)
+PLAIN = frozenset({
+    "gemma", "gemma2", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3",
+})  # fmt: skip
+# of these, the ones whose class unties the head when config.json does not say
+UNTIED_BY_DEFAULT = PLAIN - {"gemma", "gemma2", "gpt2"}
+
+# transformers' Conv1D keeps its weight as (in, out)
+CONV1D = {"gpt2": frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})}
+# published without their language-model class: transformers adds the prefix when no tensor has it
+PREFIX = {"gpt2": "transformer."}
+HEAD_ON_DISK = {"gpt_neox": "embed_out"}
+EMBEDDING = {"gpt2": "transformer.wte", "gpt_neox": "gpt_neox.embed_in"}
+HEAD = "lm_head"
+
+
+def plain(base: Checkpoint) -> Layout:
+    """The layout of a checkpoint whose names on disk are those in memory, but for the few exceptions above. Pure look-up."""
+    kind = str(base.config.get("model_type"))
+    prefix = PREFIX.get(kind, "")
+    if any(name.startswith(prefix) for name in base.where):
+        prefix = ""
+    shapes: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    parts: dict[str, tuple[Part, ...]] = {}
+    for disk in base.where:
+        module, _, leaf = _in_memory(disk, kind, prefix).rpartition(".")
+        shape = base.shape(disk)
+        shapes[module][leaf] = shape
+        parts[f"{module}.{leaf}"] = (whole(disk, shape),)
+    modules = {name: Module(_kind(name, kind, own), own) for name, own in shapes.items()}
+    tied: dict[str, str] = {}
+    embedding = EMBEDDING.get(kind, "model.embed_tokens")
+    if _ties(base.config, kind) and f"{embedding}.weight" in parts:
+        tied[f"{HEAD}.weight"] = f"{embedding}.weight"
+        parts.pop(f"{HEAD}.weight", None)
+        modules[HEAD] = Module("linear", {"weight": shapes[embedding]["weight"]})
+    return Layout(modules, parts, tied)
+
+
+def whole(tensor: str, shape: tuple[int, ...]) -> Part:
+    """The part that is a whole tensor and a whole parameter."""
+    spans = tuple((0, n) for n in shape)
+    return Part(tensor, spans, spans)
+
+
+def on_disk(parameter: str, base: Checkpoint) -> str:
+    """What a parameter that is not on disk yet is called there, in a model whose other names are plain."""
+    kind = str(base.config.get("model_type"))
+    module, _, leaf = parameter.rpartition(".")
+    return f"{HEAD_ON_DISK.get(kind, module) if module == HEAD else module}.{leaf}"
+
+
+def _in_memory(disk: str, kind: str, prefix: str) -> str:
+    head = HEAD_ON_DISK.get(kind)
+    if head and disk.startswith(f"{head}."):
+        return HEAD + disk.removeprefix(head)
+    return disk if disk.startswith(f"{HEAD}.") else prefix + disk
+
+
+def _kind(module: str, kind: str, own: Mapping[str, tuple[int, ...]]) -> Kind:
+    leaf = module.rpartition(".")[2]
+    if len(own.get("weight", ())) != 2:
+        return "other"
+    if leaf in CONV1D.get(kind, ()):
+        return "conv1d"
+    return "embedding" if is_embedding(module) else "linear"
+
+
+def is_embedding(module: str) -> bool:
+    """Whether a module's name is that of an embedding table."""
+    leaf = module.rpartition(".")[2]
+    return leaf != HEAD and leaf != "embed_out" and ("embed" in leaf or leaf in ("wte", "wpe", "shared"))
+
+
+def _ties(config: Mapping[str, object], kind: str) -> bool:
+    tied = config.get("tie_word_embeddings")
+    return kind not in UNTIED_BY_DEFAULT if tied is None else bool(tied)
