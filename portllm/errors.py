@@ -11,6 +11,8 @@
     │   ├── ShapeError            a patch tensor does not fit its base tensor
     │   └── UnmatchedModulesError patch tensors without a counterpart in the base
     ├── OutputError               OUT exists, is one of the inputs, is being written, or does not fit on the disk
+    ├── VerificationError         a ported directory is not what its port.json says, or not what base and patch make
+    ├── HubError                  the hub cannot be reached, refuses, or its answer makes no sense
     ├── EvaluationError           a task or a metric is not what the harness needs
     └── TrackingError             the tracking store or the model registry refuses
 
@@ -62,6 +64,14 @@ class UnmatchedModulesError(PatchError):
 
 class OutputError(PortllmError):
     """OUT exists already, is an input, is being written by another process, or does not fit."""
+
+
+class VerificationError(PortllmError):
+    """A ported directory is not what its port.json says, or not what its base and patch make."""
+
+
+class HubError(PortllmError):
+    """The hub cannot be reached, refuses, or what it holds must not be mixed with what is pushed."""
 
 
 class EvaluationError(PortllmError):
