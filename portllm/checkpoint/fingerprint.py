@@ -35,12 +35,15 @@ def headers(path: Path) -> list[Header]:
     return [read_header(path / name) for name in names]
 
 
-def digests(files: Iterable[Header]) -> dict[TensorEntry, str]:
-    """SHA-256 of every tensor's bytes, from the cache where the file is unchanged. Raises CheckpointError."""
+def digests(files: Iterable[Header], *, fresh: bool = False) -> dict[TensorEntry, str]:
+    """SHA-256 of every tensor's bytes, from the cache where the file is unchanged (`fresh`: always from the bytes).
+
+    Raises CheckpointError.
+    """
     shards = list(files)
     found: dict[TensorEntry, str] = {}
     with ThreadPoolExecutor(max_workers=min(len(shards), os.cpu_count() or 1) or 1) as pool:
-        for shard, known in zip(shards, pool.map(_file_digests, shards), strict=True):
+        for shard, known in zip(shards, pool.map(lambda s: _file_digests(s, fresh), shards), strict=True):
             found.update({entry: known[name] for name, entry in shard.tensors.items()})
     return found
 
@@ -84,8 +87,8 @@ def remember(shard: Header, known: Mapping[str, str], was: list[int]) -> None:
         pass  # a cache that cannot be written costs time, not correctness
 
 
-def _file_digests(shard: Header) -> dict[str, str]:
-    known = cached(shard)
+def _file_digests(shard: Header, fresh: bool) -> dict[str, str]:
+    known = None if fresh else cached(shard)
     if known is not None:
         return known
     buffer = memoryview(bytearray(PIECE_BYTES))
