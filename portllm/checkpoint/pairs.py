@@ -6,6 +6,7 @@ LoRA: arXiv:2106.09685; DoRA: arXiv:2402.09353. How PEFT packs the factors of se
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -97,23 +98,26 @@ class TokenRows:
         return read_finite(self.path, self.entry)
 
 
-def factors(pair: LoraPair, experts: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(a (r, in), b (out, r)) of one expert; Δ of that expert = pair.scaling · b @ a.
-
-    lora_A (E·r, in) counts the expert slowest, lora_B (out, r·E) fastest. Raises ShapeError, PatchError.
-    """
-    a, b = pair.a, pair.b
-    if a.shape[0] != experts * pair.rank or b.shape[1] != experts * pair.rank or not 0 <= expert < experts:
-        raise ShapeError(
-            f"{pair.module}: the patch holds {pair.experts} experts of rank {pair.rank}, expected {experts}; "
-            "is this a release of the base the patch was trained on?"
-        )
-    return a[expert * pair.rank : (expert + 1) * pair.rank], b[:, expert::experts]
-
-
 def read_finite(path: Path, entry: TensorEntry) -> torch.Tensor:
     """One tensor of a patch in its own dtype. Raises PatchError where it is not finite, CheckpointError."""
     tensor = read_tensor(path, entry)
     if not tensor.isfinite().all():
         raise PatchError(f"{path}: tensor {entry.name} holds NaN or infinity; expected finite values, train it again")
     return tensor
+
+
+def factors(
+    pair: LoraPair, experts: int, expert: int, read: Callable[[Path, TensorEntry], torch.Tensor] = read_finite
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(a (r, in), b (out, r)) of one expert; Δ of that expert = pair.scaling · b @ a.
+
+    lora_A (E·r, in) counts the expert slowest, lora_B (out, r·E) fastest. `read` may keep what it
+    read for the next expert. Raises ShapeError, PatchError.
+    """
+    a, b = read(pair.path, pair.a_entry), read(pair.path, pair.b_entry)
+    if a.shape[0] != experts * pair.rank or b.shape[1] != experts * pair.rank or not 0 <= expert < experts:
+        raise ShapeError(
+            f"{pair.module}: the patch holds {pair.experts} experts of rank {pair.rank}, expected {experts}; "
+            "is this a release of the base the patch was trained on?"
+        )
+    return a[expert * pair.rank : (expert + 1) * pair.rank], b[:, expert::experts]
