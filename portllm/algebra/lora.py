@@ -5,6 +5,8 @@ LoRA: arXiv:2106.09685. Everywhere: a is A (r, in), b is B (out, r), Δ is (out,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -53,6 +55,11 @@ class Update:
         _check(a, b)
         self._a, self._b, self._scale = a, b, scale
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (out, in) of Δ."""
+        return self._b.shape[0], self._a.shape[1]
+
     @cached_property
     def _wide_a(self) -> Tensor:
         return self._a.double()
@@ -95,6 +102,10 @@ class Update:
             out.view(-1)[unsure] = self._exact(weight, unsure, b)
         return size + bound
 
+    def exact(self) -> Tensor:
+        """Δ whole, in float64."""
+        return (self._b.double() * self._scale) @ self._a.double()
+
     def _bound(self, size: float, b: Tensor) -> float:
         # product: γ_r ‖b‖‖a‖ (Cauchy-Schwarz), one ε each for casting a and b; the sum, − bound and + 2 bound: one
         # ε · size each; and one of each for terms of second order
@@ -106,6 +117,83 @@ class Update:
         j = index.sub(i, alpha=weight.shape[1])
         product = b[i].mul_(self._columns_a[j]).sum(dim=1)
         return round_once(product.add_(weight.view(-1)[index].double()), weight.dtype)
+
+
+@dataclass(frozen=True)
+class Block:
+    """An update and where in a tensor, seen as (rows, columns), its upper left corner stands."""
+
+    update: Update
+    row: int = 0
+    column: int = 0
+
+
+class AddLora:
+    """The edit (`edits.Edit`) that adds updates to blocks of a tensor; what is in no block stays as it is."""
+
+    surveys = False
+
+    def __init__(self, *blocks: Block) -> None:
+        """Blocks of rows may straddle the writer's; no two may overlap. Raises ShapeError."""
+        self._blocks = sorted(blocks, key=lambda block: (block.row, block.column))
+        self._refuse_overlaps()
+
+    def survey(self, old: Tensor, row: int, scratch: Scratch) -> None:
+        """Nothing to look for."""
+
+    def rows(self, old: Tensor | None, row: int, out: Tensor, scratch: Scratch) -> float:
+        """Write old rows (count, columns) + Δ into `out`; see `Edit.rows` and `Update.add_rows`."""
+        if old is None:
+            raise ValueError("LoRA needs the old weight")
+        found = list(self._within(row, *old.shape))
+        if len(found) == 1 and found[0][1:] == (slice(0, old.shape[0]), slice(0, old.shape[1])):
+            block = found[0][0]
+            return block.update.add_rows(old, row - block.row, out, scratch)
+        out.copy_(old)
+        size = _largest(old) if old.numel() else 0.0
+        for block, rows, columns in found:
+            weight, start = old[rows, columns].contiguous(), row + rows.start - block.row
+            total = torch.empty_like(weight)
+            written = block.update.add_rows(weight, start, total, scratch)
+            if size == size and not written <= size:  # NaN wins
+                size = written
+            out[rows, columns] = total
+        return size
+
+    def exact(self, old: Tensor | None) -> Tensor:
+        """The whole sum in float64, not rounded; see `Edit.exact`."""
+        if old is None:
+            raise ValueError("LoRA needs the old weight")
+        new = old.double().clone()
+        for block in self._blocks:
+            rows, columns = block.update.shape
+            new[block.row : block.row + rows, block.column : block.column + columns] += block.update.exact()
+        return new
+
+    def _within(self, row: int, count: int, width: int) -> Iterator[tuple[Block, slice, slice]]:
+        """The blocks that touch rows [row, row + count), and which of those rows and columns they cover."""
+        for block in self._blocks:
+            height, breadth = block.update.shape
+            if block.column + breadth > width:
+                raise ShapeError(f"update reaches column {block.column + breadth}, the tensor has {width}")
+            first, last = max(block.row, row) - row, min(block.row + height, row + count) - row
+            if first < last:
+                yield block, slice(first, last), slice(block.column, block.column + breadth)
+
+    def _refuse_overlaps(self) -> None:
+        above: list[Block] = []
+        for block in self._blocks:
+            above = [other for other in above if other.row + other.update.shape[0] > block.row]
+            for other in above:
+                if (
+                    block.column < other.column + other.update.shape[1]
+                    and other.column < block.column + block.update.shape[1]
+                ):
+                    raise ShapeError(
+                        f"two updates of one tensor overlap at row {block.row}, column "
+                        f"{max(block.column, other.column)}; expected one update of each weight"
+                    )
+            above.append(block)
 
 
 def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
-"""Writing a ported checkpoint: every shard streamed once, changed tensors in row blocks, the rest copied as bytes.
+"""Writing a ported checkpoint: every file streamed once, changed tensors in row blocks, the rest copied as bytes.
 
-Memory stays at a few buffers per shard, whatever the model's size. Digests are taken from the bytes as they pass, by a
+Memory stays at a few buffers per file, whatever the model's size. Digests are taken from the bytes as they pass, by a
 thread beside the one that computes.
 """
 
@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
+import math
 import os
-import struct
 import threading
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 from portllm.checkpoint.fingerprint import identity
 from portllm.checkpoint.headers import Header, TensorEntry
-from portllm.checkpoint.plan import Change
+from portllm.checkpoint.placing import laid_out as laid_out
+from portllm.checkpoint.placing import nbytes as nbytes
+from portllm.checkpoint.placing import plain_file as plain_file
 from portllm.checkpoint.reader import TORCH_DTYPES, read_exactly
+from portllm.checkpoint.targets import Target, TargetFile
 from portllm.errors import CheckpointError, PatchError
 
 if TYPE_CHECKING:
+    import torch
+
+    from portllm.algebra.edits import Edit
     from portllm.algebra.lora import Scratch
 
 PIECE_BYTES = 1 << 20
@@ -40,7 +45,7 @@ class Cancelled(Exception):
 
 
 class Meter:
-    """Bytes written so far, over all shards; calls `on_progress(done, total)` one call at a time."""
+    """Bytes written so far, over all files; calls `on_progress(done, total)` one call at a time."""
 
     def __init__(self, total: int, on_progress: Progress | None = None) -> None:
         self.total, self.done = total, 0
@@ -48,7 +53,7 @@ class Meter:
         self._on_progress, self._lock = on_progress, threading.Lock()
 
     def add(self, count: int) -> None:
-        """Count `count` more bytes. Raises Cancelled when another shard has failed."""
+        """Count `count` more bytes. Raises Cancelled when another file has failed."""
         if self.cancelled.is_set():
             raise Cancelled
         with self._lock:
@@ -59,174 +64,223 @@ class Meter:
 
 @dataclass(frozen=True)
 class Job:
-    """What all shards of one port share: the changes by tensor name, the scale, and digests known beforehand."""
+    """What all files of one port share: digests of base tensors known beforehand, and the meter."""
 
-    changes: Mapping[str, Change]
-    scale: float
     known: Mapping[TensorEntry, str]
     meter: Meter
 
 
 @dataclass
 class Written:
-    """One written file: its SHA-256, and the SHA-256 of its tensors before and after."""
+    """One written file: its SHA-256, the digests of its tensors before and after, and what it was made from.
+
+    `before` is keyed by the base's entries, of the tensors that were read; `after` by the entries written; `sources`
+    holds the identity of each file read.
+    """
 
     sha256: str = ""
-    source: list[int] = field(default_factory=list)  # identity of the file it was made from
+    sources: dict[Path, list[int]] = field(default_factory=dict)
     before: dict[TensorEntry, str] = field(default_factory=dict)
     after: dict[TensorEntry, str] = field(default_factory=dict)
 
 
-def write_shards(shards: Mapping[Path, Header], job: Job) -> dict[Path, Written]:
-    """Write each header's file, with its changes, to the path it is keyed by; shards in parallel.
+def write_files(files: Sequence[TargetFile], job: Job) -> dict[Path, Written]:
+    """Write every file, synced to the disk; files in parallel.
 
-    Tensors in `job.known` are not hashed again. Raises PatchError for non-finite values, CheckpointError when an input
-    changes under us, OSError.
+    Base tensors in `job.known` are not hashed again. Raises PatchError for non-finite values, CheckpointError when an
+    input changes under us, OSError.
     """
-    workers = max(1, min(len(shards), os.cpu_count() or 1))
+    workers = max(1, min(len(files), os.cpu_count() or 1))
     with _torch_for_blocks(), ThreadPoolExecutor(max_workers=workers) as pool:
-        futures = {target: pool.submit(_write_shard, shard, target, job) for target, shard in shards.items()}
+        futures = {file.path: pool.submit(_write_file, file, job) for file in files}
         try:
             for future in futures.values():
                 with contextlib.suppress(Cancelled):
                     future.result()
         finally:
-            job.meter.cancelled.set()  # on a failure or Ctrl-C the other shards stop at their next block
-    return {target: future.result() for target, future in futures.items()}
+            job.meter.cancelled.set()  # on a failure or Ctrl-C the other files stop at their next block
+    return {path: future.result() for path, future in futures.items()}
 
 
 def copy_file(source: Path, target: Path, meter: Meter) -> str:
     """Copy one file's bytes (following links) and return their SHA-256."""
     with source.open("rb", buffering=0) as reading, target.open("wb", buffering=0) as writing, _Hashing(0) as hashing:
         size = os.fstat(reading.fileno()).st_size
-        _copy(reading.fileno(), writing.fileno(), (0, size), hashing, (), meter, source)
+        _copy((reading.fileno(), 0, source), (writing.fileno(), 0), size, hashing, (), meter)
         return hashing.total()
 
 
 def write_subset(header: Header, names: Container[str], target: Path, meter: Meter) -> str:
-    """Write the tensors `names` of a file, in their order, as a safetensors file of its own; returns its SHA-256."""
-    kept = [entry for entry in header.tensors.values() if entry.name in names]
+    """Write the tensors `names` of a file as a safetensors file of its own; returns its SHA-256."""
+    kept = [Target(entry, (header, entry)) for entry in header.tensors.values() if entry.name in names]
     if len(kept) == len(header.tensors):
         return copy_file(header.path, target, meter)
-    tree: dict[str, Any] = {"__metadata__": dict(header.metadata)} if header.metadata else {}
-    at = 0
-    for entry in kept:
-        offsets = [at, at + entry.nbytes]
-        tree[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
-        at += entry.nbytes
-    text = json.dumps(tree, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # safetensors keeps the data aligned
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(PIECE_BYTES))
-    with header.path.open("rb", buffering=0) as reading, target.open("wb") as writing:
-        head = struct.pack("<Q", len(text)) + text
-        digest.update(head)
-        writing.write(head)
-        for entry in kept:
-            for start in range(entry.start, entry.stop, PIECE_BYTES):
-                piece = buffer[: min(PIECE_BYTES, entry.stop - start)]
-                read_exactly(reading.fileno(), piece, start, header.path)
-                digest.update(piece)
-                writing.write(piece)
-                meter.add(len(piece))
-    meter.add(header.size - at)  # what was left out is done too
-    return digest.hexdigest()
+    file = laid_out(kept, header.metadata, target)
+    before = meter.done
+    written = _write_file(file, Job({}, meter))
+    meter.add(header.size - (meter.done - before))  # what was left out is done too
+    return written.sha256
 
 
-def _write_shard(shard: Header, target: Path, job: Job) -> Written:
-    """One shard from its first byte to its last, synced to the disk."""
+def _write_file(file: TargetFile, job: Job) -> Written:
+    """One file from its first byte to its last, synced to the disk."""
     written = Written()
     try:
-        with shard.path.open("rb", buffering=0) as reading, target.open("wb", buffering=0) as writing:
-            stat = os.fstat(reading.fileno())
-            written.source = identity(stat)
-            with _Hashing(_longest_row(shard, job.changes)) as hashing:
-                _write_tensors(reading.fileno(), writing.fileno(), shard, job, hashing, written)
-                written.sha256 = hashing.total()
-            now = os.fstat(reading.fileno())
-            if (now.st_size, now.st_mtime_ns) != (shard.size, stat.st_mtime_ns):
-                raise CheckpointError(f"{shard.path}: changed while it was read; leave inputs alone and try again")
-            os.fsync(writing.fileno())  # here, so that it overlaps with the other shards' work
+        with contextlib.ExitStack() as stack:
+            sources = _Sources(file, stack)
+            out = stack.enter_context(file.path.open("wb", buffering=0)).fileno()
+            hashing = stack.enter_context(_Hashing(_longest_row(file)))
+            _write_head(out, file.head, hashing, job.meter)
+            scratch: list[Scratch] = []
+            for target in file.targets:
+                _write_tensor(target, sources, out, job, hashing, scratch, written)
+            written.sha256 = hashing.total()
+            sources.check()
+            written.sources = sources.identities
+            os.fsync(out)  # here, so that it overlaps with the other files' work
     except BaseException:
         job.meter.cancelled.set()
         raise
     return written
 
 
-def _write_tensors(source: int, out: int, shard: Header, job: Job, hashing: _Hashing, written: Written) -> None:
-    scratch: list[Scratch] = []
-    _copy(source, out, (0, shard.data_start), hashing, (), job.meter, shard.path)
-    for entry in shard.tensors.values():
-        before, after = hashlib.sha256(), hashlib.sha256()
-        change = job.changes.get(entry.name)
-        old = () if entry in job.known else (before,)
-        if change is None:
-            _copy(source, out, (entry.start, entry.stop), hashing, old, job.meter, shard.path)
-        else:
-            for at, was, new, slot in _changed(source, shard, change, job.scale, hashing, scratch):
-                write_exactly(out, new, at)
-                hashing.feed(slot, (was, old), (new, (after,)), (new, (hashing.file,)))
-                job.meter.add(len(new))
-        hashing.wait()
-        written.before[entry] = job.known.get(entry) or before.hexdigest()
-        written.after[entry] = after.hexdigest() if change is not None else written.before[entry]
+class _Sources:
+    """The base's files that one file is made from, held open."""
+
+    def __init__(self, file: TargetFile, stack: contextlib.ExitStack) -> None:
+        headers = {header.path: header for header, _ in (t.origin for t in file.targets if t.origin is not None)}
+        self._headers = headers
+        self.handles = {path: stack.enter_context(path.open("rb", buffering=0)).fileno() for path in headers}
+        self.identities = {path: identity(os.fstat(handle)) for path, handle in self.handles.items()}
+
+    def check(self) -> None:
+        """Raise CheckpointError where a file is not what it was when its header was read, or when it was opened."""
+        for path, handle in self.handles.items():
+            now = identity(os.fstat(handle))
+            if now[:4] != self.identities[path][:4] or now[2] != self._headers[path].size:
+                raise CheckpointError(f"{path}: changed while it was read; leave inputs alone and try again")
 
 
-def _changed(
-    source: int, shard: Header, change: Change, scale: float, hashing: _Hashing, scratch: list[Scratch]
+def _write_head(out: int, head: bytes, hashing: _Hashing, meter: Meter) -> None:
+    write_exactly(out, memoryview(head), 0)
+    hashing.file.update(head)
+    meter.add(len(head))
+
+
+def _write_tensor(
+    target: Target, sources: _Sources, out: int, job: Job, hashing: _Hashing, scratch: list[Scratch], written: Written
+) -> None:
+    before, after = hashlib.sha256(), hashlib.sha256()
+    origin = target.origin[1] if target.origin is not None else None
+    digest = job.known.get(origin) or written.before.get(origin) if origin is not None else None
+    old = () if origin is None or digest is not None else (before,)
+    if target.edit is not None:
+        for at, was, new, slot in _edited(target, target.edit(), sources, hashing, scratch):
+            write_exactly(out, new, at)
+            hashing.feed(slot, (was, old), (new, (after,)), (new, (hashing.file,)))
+            job.meter.add(len(new))
+    elif target.origin is not None:
+        header, entry = target.origin
+        source = (sources.handles[header.path], entry.start, header.path)
+        _copy(source, (out, target.entry.start), entry.nbytes, hashing, old, job.meter)
+    else:
+        raise ValueError(f"{target.entry.name} has neither origin nor edit")
+    hashing.wait()
+    if origin is not None:
+        written.before[origin] = digest = digest or before.hexdigest()
+    written.after[target.entry] = digest if target.edit is None and digest else after.hexdigest()
+
+
+def _edited(
+    target: Target, edit: Edit, sources: _Sources, hashing: _Hashing, scratch: list[Scratch]
 ) -> Iterator[tuple[int, memoryview, memoryview, _Slot]]:
-    """(offset, old bytes, new bytes, their slot) of a changed tensor, block of rows by block of rows."""
+    """(offset, old bytes, new bytes, their slot) of an edited tensor, block of rows by block of rows."""
     import torch
 
-    from portllm.algebra.lora import Scratch, Update
-
-    entry, pair = change.entry, change.pair
-    a, b = (pair.b.T, pair.a.T) if change.transposed else (pair.a, pair.b)  # (B A)ᵀ = Aᵀ Bᵀ
-    update = Update(a, b, scale * pair.scaling)
-    dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
+    dtype = getattr(torch, TORCH_DTYPES[target.entry.dtype])
     largest = torch.finfo(dtype).max
-    rows, columns = entry.shape
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
-    if not scratch or scratch[0].elements < step * columns:
-        scratch[:] = [Scratch(max(BLOCK_ELEMENTS, step * columns))]
-    for row in range(0, rows if columns else 0, step):
-        count = min(step, rows - row)
+    columns = _columns(target.entry)
+    _reserve(scratch, columns)
+    if edit.surveys:
+        for row, count in _row_blocks(target.entry):
+            slot = hashing.slot()
+            edit.survey(_old(target, row, count, sources, slot)[1], row, scratch[0])
+    for row, count in _row_blocks(target.entry):
         slot = hashing.slot()
-        nbytes = count * columns * dtype.itemsize
-        was, new = slot.old[:nbytes], slot.new[:nbytes]
-        at = entry.start + row * columns * dtype.itemsize
-        read_exactly(source, was, at, shard.path)
-        weight = torch.frombuffer(was, dtype=dtype).view(count, columns)
-        size = update.add_rows(weight, row, torch.frombuffer(new, dtype=dtype).view(count, columns), scratch[0])
+        was, old = memoryview(b""), None
+        if target.origin is not None:
+            was, old = _old(target, row, count, sources, slot)
+        new = slot.new[: count * columns * dtype.itemsize]
+        size = edit.rows(old, row, torch.frombuffer(new, dtype=dtype).view(count, columns), scratch[0])
         if not size <= largest:  # also when it is NaN
+            where = target.origin[0].path if target.origin is not None else target.entry.name
             raise PatchError(
-                f"{shard.path}: {entry.name} plus the patch is not finite in {entry.dtype}; "
+                f"{where}: {target.entry.name} plus the patch is not finite in {target.entry.dtype}; "
                 "expected finite values, lower --scale or use a base of wider range"
             )
-        yield at, was, new, slot
+        yield target.entry.start + row * columns * dtype.itemsize, was, new, slot
+
+
+def _old(target: Target, row: int, count: int, sources: _Sources, slot: _Slot) -> tuple[memoryview, torch.Tensor]:
+    """The base's rows [row, row + count), as bytes and as a tensor (count, columns), in the slot's memory."""
+    import torch
+
+    assert target.origin is not None  # noqa: S101  (an edit of nothing surveys nothing)
+    header, entry = target.origin
+    columns, dtype = _columns(entry), getattr(torch, TORCH_DTYPES[entry.dtype])
+    was = slot.old[: count * columns * dtype.itemsize]
+    read_exactly(sources.handles[header.path], was, entry.start + row * columns * dtype.itemsize, header.path)
+    return was, torch.frombuffer(was, dtype=dtype).view(count, columns)
+
+
+def _columns(entry: TensorEntry) -> int:
+    return entry.shape[-1] if entry.shape else 1
+
+
+def _row_blocks(entry: TensorEntry) -> Iterator[tuple[int, int]]:
+    """(first row, count) of the blocks of a tensor seen as (rows, columns)."""
+    columns = _columns(entry)
+    rows = math.prod(entry.shape[:-1]) if columns else 0
+    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+    for row in range(0, rows, step):
+        yield row, min(step, rows - row)
+
+
+def _reserve(scratch: list[Scratch], columns: int) -> None:
+    from portllm.algebra.lora import Scratch
+
+    needed = max(BLOCK_ELEMENTS, columns)
+    if not scratch or scratch[0].elements < needed:
+        scratch[:] = [Scratch(needed)]
 
 
 def _copy(
-    source: int, out: int, span: tuple[int, int], hashing: _Hashing, hashers: tuple[Any, ...], meter: Meter, path: Path
+    source: tuple[int, int, Path],
+    target: tuple[int, int],
+    nbytes: int,
+    hashing: _Hashing,
+    hashers: tuple[Any, ...],
+    meter: Meter,
 ) -> None:
-    """Copy the bytes [start, stop) to the same place of `out`, feeding the file's digest and `hashers`."""
-    start, stop = span
-    for at in range(start, stop, PIECE_BYTES):
+    """Copy bytes from (handle, offset, path) to (handle, offset), feeding the file's digest and `hashers`."""
+    reading, start, path = source
+    writing, to = target
+    for done in range(0, nbytes, PIECE_BYTES):
         slot = hashing.slot()
-        piece = slot.old[: min(PIECE_BYTES, stop - at)]
-        read_exactly(source, piece, at, path)
+        piece = slot.old[: min(PIECE_BYTES, nbytes - done)]
+        read_exactly(reading, piece, start + done, path)
         hashing.feed(slot, (piece, (*hashers, hashing.file)))
-        if not _copy_in_kernel(source, out, at, len(piece)):
-            write_exactly(out, piece, at)
+        if not _copy_in_kernel((reading, start + done), (writing, to + done), len(piece)):
+            write_exactly(writing, piece, to + done)
         meter.add(len(piece))
 
 
-def _copy_in_kernel(source: int, out: int, at: int, count: int) -> bool:
+def _copy_in_kernel(source: tuple[int, int], target: tuple[int, int], count: int) -> bool:
     """Let the file system copy (or share) the range; False where it cannot."""
     done = 0
     try:
         while done < count:
-            copied = os.copy_file_range(source, out, count - done, at + done, at + done)
+            copied = os.copy_file_range(source[0], target[0], count - done, source[1] + done, target[1] + done)
             if copied == 0:
                 return False
             done += copied
@@ -298,9 +352,10 @@ def _update(work: tuple[tuple[memoryview, tuple[Any, ...]], ...]) -> None:
             hasher.update(piece)
 
 
-def _longest_row(shard: Header, changes: Mapping[str, Change]) -> int:
-    """Bytes of the longest row among the shard's changed tensors."""
-    return max((e.nbytes // max(1, e.shape[0]) for e in shard.tensors.values() if e.name in changes), default=0)
+def _longest_row(file: TargetFile) -> int:
+    """Bytes of the longest row among the file's edited tensors."""
+    rows = ((t.entry.nbytes, math.prod(t.entry.shape[:-1])) for t in file.targets if t.edit is not None)
+    return max((size // max(1, count) for size, count in rows), default=0)
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from portllm.checkpoint import fingerprint, provenance
 from portllm.checkpoint.card import port_card
@@ -19,12 +20,15 @@ from portllm.checkpoint.files import companions, tokenizer_files
 from portllm.checkpoint.headers import Header, TensorEntry
 from portllm.checkpoint.output import refuse, staged
 from portllm.checkpoint.patch import CONFIG, WEIGHTS, Patch
-from portllm.checkpoint.plan import Plan, check_saved, make_plan
+from portllm.checkpoint.plan import Change, Plan, check_saved, make_plan
 from portllm.checkpoint.reader import INDEX, Checkpoint
 from portllm.checkpoint.records import PortRecord, Source
-from portllm.checkpoint.writer import Job, Meter, copy_file, write_shards, write_subset
+from portllm.checkpoint.writer import Job, Meter, copy_file, plain_file, write_files, write_subset
 from portllm.errors import OutputError, ParamsError, PatchError
 from portllm.params import PortParams
+
+if TYPE_CHECKING:
+    from portllm.algebra.edits import Edit
 
 Progress = Callable[[int, int], None]
 MARGIN_BYTES = 16 << 20  # records, card, directory entries
@@ -121,20 +125,30 @@ def _write_merged(
     files = {name: copy_file(path, _under(folder, name), meter) for name, path in extras.items()}
     shards = {folder / shard.path.name: shard for shard in base.shards}
     known = {e: digest for s in base.shards for e, digest in _known(s)}
-    written = write_shards(shards, Job(plan.changes, record.scale, known, meter))
+    edits = {name: partial(_lora, change, record.scale) for name, change in plan.changes.items()}
+    written = write_files([plain_file(shard, path, edits) for path, shard in shards.items()], Job(known, meter))
     before: dict[TensorEntry, str] = {}
     after: dict[TensorEntry, str] = {}
     for target, result in written.items():
         files[target.name] = result.sha256
         before.update(result.before)
         after.update(result.after)
-        fingerprint.remember(shards[target], {e.name: digest for e, digest in result.before.items()}, result.source)
+        source = result.sources.get(shards[target].path, [])
+        fingerprint.remember(shards[target], {e.name: digest for e, digest in result.before.items()}, source)
     return dataclasses.replace(
         record,
         base=dataclasses.replace(record.base, fingerprint=fingerprint.combine(before)),
         fingerprint=fingerprint.combine(after),
         files=files,
     )
+
+
+def _lora(change: Change, scale: float) -> Edit:
+    from portllm.algebra.lora import AddLora, Block, Update
+
+    pair = change.pair
+    a, b = (pair.b.T, pair.a.T) if change.transposed else (pair.a, pair.b)  # (B A)ᵀ = Aᵀ Bᵀ
+    return AddLora(Block(Update(a, b, scale * pair.scaling)))
 
 
 def _write_adapter(

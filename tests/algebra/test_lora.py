@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from fractions import Fraction
 
@@ -140,3 +141,42 @@ def test_shapes_are_checked() -> None:
         lora.add_delta(torch.ones(5, 4), a, torch.ones(4, 2), 1.0)
     with pytest.raises(ShapeError, match="one module's shape"):
         lora.inner(a, torch.ones(4, 2), 1.0, a, torch.ones(3, 2), 1.0)
+
+
+@given(st.data(), DTYPES)
+@settings(max_examples=60, deadline=None)
+def test_blocks_of_one_tensor_each_get_their_own_update(data: st.DataObject, dtype: torch.dtype) -> None:
+    """Fused experts: a grid of updates over the flattened tensor, met by the writer's blocks of rows anywhere."""
+    experts, rows, columns, halves = (data.draw(st.integers(1, 4)) for _ in range(4))
+    torch.manual_seed(rows)
+    old = torch.randn(experts * rows, columns * halves + 1).to(dtype)  # the last column is in no block
+    expected, blocks = old.clone(), []
+    for i in range(experts):
+        for j in range(halves):
+            a, b = torch.randn(2, columns), torch.randn(rows, 2)
+            block = (slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))
+            expected[block] = lora.add_delta(old[block].contiguous(), a, b, 0.7)
+            blocks.append(lora.Block(lora.Update(a, b, 0.7), i * rows, j * columns))
+    edit, out = lora.AddLora(*reversed(blocks)), torch.empty_like(old)
+    step = data.draw(st.integers(1, len(old)))
+    for row in range(0, len(old), step):
+        part = out[row : row + step]
+        size = edit.rows(old[row : row + step], row, part, lora.Scratch(part.numel()))
+        assert size >= part.double().abs().max() * (1 - 2**-8)
+    assert torch.equal(out, expected)
+    assert torch.equal(lora.round_once(edit.exact(old.double()), dtype), expected)
+
+
+def test_what_is_in_no_block_is_checked_too() -> None:
+    edit, out = lora.AddLora(lora.Block(lora.Update(torch.ones(1, 1), torch.ones(1, 1), 1.0))), torch.empty(2, 2)
+    old = torch.tensor([[1.0, 1.0], [1.0, math.nan]])
+    assert math.isnan(edit.rows(old, 0, out, lora.Scratch(4)))
+
+
+@pytest.mark.parametrize(("row", "column", "fits"), [(0, 3, True), (2, 0, True), (1, 2, False), (0, 0, False)])
+def test_updates_of_the_same_weights_are_refused(row: int, column: int, fits: bool) -> None:
+    update = lora.Update(torch.ones(1, 3), torch.ones(2, 1), 1.0)
+    with contextlib.nullcontext() if fits else pytest.raises(ShapeError, match="two updates of one tensor overlap"):
+        lora.AddLora(lora.Block(update), lora.Block(update, row, column))
+    with pytest.raises(ShapeError, match="update reaches column 4, the tensor has 3"):
+        lora.AddLora(lora.Block(update, 0, 1)).rows(torch.ones(2, 3), 0, torch.ones(2, 3), lora.Scratch(6))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,19 +17,34 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from portllm.algebra import lora
+from portllm.algebra.edits import Edit, Plain, Replace
 from portllm.checkpoint import writer
-from portllm.checkpoint.headers import Header, read_header
-from portllm.checkpoint.plan import Change
-from portllm.checkpoint.writer import Job, Meter, copy_file, write_shards, write_subset
+from portllm.checkpoint.fingerprint import identity
+from portllm.checkpoint.headers import Header, TensorEntry, read_header
+from portllm.checkpoint.targets import Target, TargetFile
+from portllm.checkpoint.writer import (
+    Job,
+    Meter,
+    Written,
+    copy_file,
+    laid_out,
+    nbytes,
+    plain_file,
+    write_files,
+    write_subset,
+)
 from portllm.errors import CheckpointError, PatchError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def change(header: Header, name: str, a: torch.Tensor, b: torch.Tensor, transposed: bool = False) -> Change:
-    """A change without a patch directory behind it."""
-    pair: Any = SimpleNamespace(a=a, b=b, scaling=0.5, module=name)
-    return Change(header.tensors[name], pair, transposed)
+def add(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> Callable[[], Edit]:
+    return lambda: lora.AddLora(lora.Block(lora.Update(a, b, scale)))
+
+
+def write(header: Header, out: Path, edits: dict[str, Callable[[], Edit]], known: Any = ()) -> Written:
+    """One file, its layout kept, with no progress to report."""
+    return write_files([plain_file(header, out, edits)], Job(dict(known), Meter(0)))[out]
 
 
 def sha256(data: bytes | torch.Tensor) -> str:
@@ -55,29 +72,33 @@ def test_any_layout(
 ) -> None:
     folder = tmp_path_factory.mktemp("layout")
     torch.manual_seed(len(layout))
-    shards, changes, before, after = {}, {}, {}, {}
+    files: list[TargetFile] = []
+    headers, before, after = {}, {}, {}
     for i, shard in enumerate(layout):
         tensors = {f"{i}.{j}": torch.randn(shape).mul_(3).to(dtype) for j, (dtype, shape, _) in enumerate(shard)}
         save_file(tensors, folder / f"{i}.safetensors", metadata={"format": "pt", "shard": str(i)})
         header = read_header(folder / f"{i}.safetensors")
-        shards[folder / f"out-{i}.safetensors"] = header
+        edits: dict[str, Callable[[], Edit]] = {}
         for j, (_, shape, changed) in enumerate(shard):
             name = f"{i}.{j}"
             before[name] = after[name] = tensors[name]
             if changed:
                 a, b = torch.randn(2, shape[1]), torch.randn(shape[0], 2)
-                changes[name] = change(header, name, a, b)
+                edits[name] = add(a, b, 1.5)
                 after[name] = lora.add_delta(tensors[name], a, b, 1.5)
+        headers[folder / f"out-{i}.safetensors"] = header
+        files.append(plain_file(header, folder / f"out-{i}.safetensors", edits))
     seen: list[tuple[int, int]] = []
-    meter = Meter(sum(h.size for h in shards.values()), lambda done, total: seen.append((done, total)))
+    meter = Meter(sum(map(nbytes, files)), lambda done, total: seen.append((done, total)))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(writer, "BLOCK_ELEMENTS", block)
         patched.setattr(writer, "PIECE_BYTES", piece)
-        written = write_shards(shards, Job(changes, 3.0, {}, meter))
-    for target, header in shards.items():
+        written = write_files(files, Job({}, meter))
+    for target, header in headers.items():
         result = written[target]
         assert target.read_bytes()[: header.data_start] == header.path.read_bytes()[: header.data_start]
         assert result.sha256 == sha256(target.read_bytes())
+        assert result.sources == {header.path: identity(header.path.stat())}
         for name, tensor in load_file(target).items():
             assert torch.equal(tensor, after[name])
             assert result.before[header.tensors[name]] == sha256(before[name])
@@ -93,25 +114,83 @@ def one(tmp_path: Path) -> Header:
     return read_header(tmp_path / "one.safetensors")
 
 
-def job(changes: dict[str, Change], known: dict[Any, str] | None = None) -> Job:
-    return Job(changes, 1.0, known or {}, Meter(0))
+class Centred(Plain):
+    """An edit that must have seen every row before the first: minus the sum of all that it saw."""
+
+    surveys = True
+
+    def __init__(self) -> None:
+        self.sum, self.seen = torch.zeros(1), 0
+
+    def survey(self, old: torch.Tensor, row: int, scratch: lora.Scratch) -> None:
+        assert row == self.seen
+        self.seen += len(old)
+        self.sum = self.sum + old.sum()
+
+    def rows(self, old: torch.Tensor | None, row: int, out: torch.Tensor, scratch: lora.Scratch) -> float:
+        assert old is not None
+        assert self.seen == 40
+        out.copy_(old - self.sum)
+        return float(out.abs().max())
+
+    def exact(self, old: torch.Tensor | None) -> torch.Tensor:
+        raise NotImplementedError
 
 
-def test_transposed_weights_get_the_transposed_update(one: Header, tmp_path: Path) -> None:
-    a, b = torch.randn(2, 40), torch.randn(30, 2)
-    write_shards({tmp_path / "out": one}, job({"w": change(one, "w", a, b, transposed=True)}))
-    expected = lora.add_delta(load_file(one.path)["w"].T.contiguous(), a, b, 0.5).T
-    assert torch.equal(load_file(tmp_path / "out")["w"], expected)
+def test_an_edit_that_surveys_sees_every_old_row_first(
+    one: Header, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "BLOCK_ELEMENTS", 70)
+    write(one, tmp_path / "out", {"w": Centred})
+    old = load_file(one.path)["w"]
+    torch.testing.assert_close(load_file(tmp_path / "out")["w"], old - old.sum())
+
+
+def entry(name: str, dtype: str, *shape: int) -> TensorEntry:
+    width = {"F32": 4, "BF16": 2, "I64": 8, "BOOL": 1}[dtype]
+    return TensorEntry(name, dtype, shape, 0, math.prod(shape) * width)
+
+
+def test_tensors_of_several_files_and_of_none_in_one_file(one: Header, tmp_path: Path) -> None:
+    save_file({"y": torch.randn(3, 2, 5)}, tmp_path / "two.safetensors")
+    two = read_header(tmp_path / "two.safetensors")
+    grown, a, b = torch.randn(50, 30), torch.randn(2, 5), torch.randn(6, 2)
+    targets = [
+        Target(replace(one.tensors["w"], name="copy of w"), (one, one.tensors["w"])),
+        Target(two.tensors["y"], (two, two.tensors["y"]), add(a, b)),
+        Target(entry("w", "F32", 50, 30), None, lambda: Replace(lambda row, count: grown[row:][:count])),
+    ]
+    out = tmp_path / "out"
+    result = write_files([laid_out(targets, {}, out)], Job({}, Meter(0)))[out]
+    found, header = load_file(out), read_header(out)
+    assert torch.equal(found["copy of w"], load_file(one.path)["w"])
+    y = load_file(two.path)["y"]
+    assert torch.equal(found["y"], lora.add_delta(y.view(6, 5), a, b, 1.0).view(3, 2, 5))
+    assert torch.equal(found["w"], grown)
+    assert result.sha256 == sha256(out.read_bytes())
+    assert result.after == {header.tensors[name]: sha256(tensor) for name, tensor in found.items()}
+    assert result.before == {one.tensors["w"]: sha256(found["copy of w"]), two.tensors["y"]: sha256(y)}
+    assert set(result.sources) == {one.path, two.path}
+
+
+def test_a_header_of_ones_own_is_the_one_safetensors_writes(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.randn(3), "a": torch.ones(2, 2), "é": torch.zeros(1, dtype=torch.bool), "": torch.tensor(7),
+        "h": torch.ones(5, dtype=torch.bfloat16), "g": torch.ones(5, dtype=torch.float16), "none": torch.ones(0, 4),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    theirs = read_header(tmp_path / "theirs")
+    targets = [Target(e, (theirs, e)) for e in reversed(theirs.tensors.values())]
+    write_files([laid_out(targets, theirs.metadata, tmp_path / "ours")], Job({}, Meter(0)))
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_known_digests_are_taken_as_they_are(one: Header, tmp_path: Path) -> None:
     known = {one.tensors["x"]: "1" * 64, one.tensors["w"]: "2" * 64}
-    written = write_shards(
-        {tmp_path / "out": one}, job({"w": change(one, "w", torch.ones(1, 30), torch.ones(40, 1))}, known)
-    )
-    assert written[tmp_path / "out"].before == known
-    assert written[tmp_path / "out"].after[one.tensors["x"]] == "1" * 64
-    assert written[tmp_path / "out"].after[one.tensors["w"]] == sha256(load_file(tmp_path / "out")["w"])
+    written = write(one, tmp_path / "out", {"w": add(torch.ones(1, 30), torch.ones(40, 1))}, known)
+    assert written.before == known
+    assert written.after[one.tensors["x"]] == "1" * 64
+    assert written.after[one.tensors["w"]] == sha256(load_file(tmp_path / "out")["w"])
 
 
 def test_where_the_kernel_cannot_copy_we_do(one: Header, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +198,7 @@ def test_where_the_kernel_cannot_copy_we_do(one: Header, tmp_path: Path, monkeyp
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
-    write_shards({tmp_path / "out": one}, job({}))
+    write(one, tmp_path / "out", {})
     assert (tmp_path / "out").read_bytes() == one.path.read_bytes()
 
 
@@ -129,16 +208,16 @@ def test_a_sum_that_overflows_is_refused_by_name(dtype: torch.dtype, tmp_path: P
     header = read_header(tmp_path / "one.safetensors")
     big = torch.full((1, 4), torch.finfo(dtype).max, dtype=torch.float64)
     with pytest.raises(PatchError, match="w plus the patch is not finite"):
-        write_shards({tmp_path / "out": header}, job({"w": change(header, "w", big, torch.ones(4, 1))}))
+        write(header, tmp_path / "out", {"w": add(big, torch.ones(4, 1))})
 
 
 def test_one_failing_shard_stops_the_others(one: Header, tmp_path: Path) -> None:
     def fail(*_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    shared = Job({}, 1.0, {}, Meter(0, fail))
+    shared = Job({}, Meter(0, fail))
     with pytest.raises(OSError, match="No space left"):
-        write_shards({tmp_path / f"out-{i}": one for i in range(9)}, shared)
+        write_files([plain_file(one, tmp_path / f"out-{i}", {}) for i in range(9)], shared)
     assert shared.meter.cancelled.is_set()
 
 
@@ -146,17 +225,17 @@ def test_an_input_that_changes_under_us_is_refused(one: Header, tmp_path: Path) 
     with one.path.open("ab") as file:
         file.write(b"more")
     with pytest.raises(CheckpointError, match="changed while it was read"):
-        write_shards({tmp_path / "out": one}, job({}))
+        write(one, tmp_path / "out", {})
     os.truncate(one.path, one.data_start + 3)
-    with pytest.raises(CheckpointError, match="became shorter while it was read"):
-        write_shards({tmp_path / "out": one}, job({}))
+    with pytest.raises(CheckpointError, match="changed while it was read|became shorter while it was read"):
+        write(one, tmp_path / "out", {})
 
 
 def test_torchs_settings_are_as_before(one: Header, tmp_path: Path) -> None:
     torch.set_float32_matmul_precision("medium")
     threads = torch.get_num_threads()
     try:
-        write_shards({tmp_path / "out": one}, job({}))
+        write(one, tmp_path / "out", {})
         assert torch.get_float32_matmul_precision() == "medium"
         assert torch.get_num_threads() == threads
     finally:
