@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from portllm.checkpoint.reader import Checkpoint
@@ -47,12 +47,17 @@ class Layout:
     """A model's modules and where their parameters are on disk.
 
     `parts` is keyed by the parameter's full name in memory; a parameter absent from it is not on disk. `tied` maps the
-    parameter that is another one in memory (an output head, usually) to that other.
+    parameter that is another one in memory (an output head, usually) to that other, which is the one on disk.
+    `opaque` says of a parameter that is on disk but not as blocks how it is stored; `absent` gives a parameter that is
+    not on disk the name it would have there; `architecture` is the class in memory (both empty where nobody was asked).
     """
 
     modules: Mapping[str, Module]
     parts: Mapping[str, tuple[Part, ...]]
     tied: Mapping[str, str]
+    opaque: Mapping[str, str] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
+    architecture: str = ""
 
 
 # model types whose tensors are in memory as they are on disk (a test compares each with what transformers says)
