@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.reader import Checkpoint, equal_values
 
 Kind = Literal["linear", "conv1d", "embedding", "other"]
 
@@ -91,11 +91,11 @@ def plain(base: Checkpoint) -> Layout:
         parts[f"{module}.{leaf}"] = (whole(disk, shape),)
     modules = {name: Module(_kind(name, kind, own), own) for name, own in shapes.items()}
     tied: dict[str, str] = {}
-    embedding = EMBEDDING.get(kind, "model.embed_tokens")
-    if _ties(base.config, kind) and f"{embedding}.weight" in parts:
-        tied[f"{HEAD}.weight"] = f"{embedding}.weight"
-        parts.pop(f"{HEAD}.weight", None)
-        modules[HEAD] = Module("linear", {"weight": shapes[embedding]["weight"]})
+    embedding, head = f"{EMBEDDING.get(kind, 'model.embed_tokens')}.weight", f"{HEAD}.weight"
+    if _ties(base.config, kind) and embedding in parts and _same(base, parts.get(head), parts[embedding]):
+        tied[head] = embedding
+        parts.pop(head, None)
+        modules[HEAD] = Module("linear", {"weight": base.shape(parts[embedding][0].tensor)})
     return Layout(modules, parts, tied)
 
 
@@ -132,6 +132,14 @@ def is_embedding(module: str) -> bool:
     """Whether a module's name is that of an embedding table."""
     leaf = module.rpartition(".")[2]
     return leaf != HEAD and leaf != "embed_out" and ("embed" in leaf or leaf in ("wte", "wpe", "shared"))
+
+
+def _same(base: Checkpoint, head: tuple[Part, ...] | None, embedding: tuple[Part, ...]) -> bool:
+    """Whether a head is its embedding: not on disk, or a copy there (transformers leaves two different ones two)."""
+    if head is None:
+        return True
+    one, other = ((base.where[p.tensor].path, base.entry(p.tensor)) for p in (head[0], embedding[0]))
+    return equal_values(one, other)
 
 
 def _ties(config: Mapping[str, object], kind: str) -> bool:

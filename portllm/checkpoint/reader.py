@@ -103,6 +103,13 @@ def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
     return torch.frombuffer(buffer, dtype=dtype).reshape(entry.shape)
 
 
+def read_rows(path: Path, entry: TensorEntry, row: int, count: int) -> torch.Tensor:
+    """Rows [row, row + count) of a tensor seen as (rows, columns), a vector as one row; all of them where count is −1."""
+    rows, columns = (math.prod(entry.shape[:-1]), entry.shape[-1]) if entry.shape else (1, 1)
+    stop = rows if count < 0 else row + count
+    return _elements(path, entry, (row * columns, stop * columns)).view(stop - row, columns)
+
+
 def equal_values(one: tuple[Path, TensorEntry], other: tuple[Path, TensorEntry]) -> bool:
     """Whether two tensors on disk hold the same numbers, whatever their dtypes; read in blocks."""
     import torch

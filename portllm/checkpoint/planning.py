@@ -1,0 +1,407 @@
+"""Making the plan: every part of a patch finds its place in the base, or is refused by name.
+
+Names in the patch are those of the model in memory when it was trained; the layout says where each is on disk. Names that
+are not in memory any more but are on disk (experts that newer transformers fuse) are taken as they stand there.
+Tied weights: an update of one side unties them, so that the other stays what it was; with ensure_weight_tying both change.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from portllm.checkpoint.adapter_config import targeted
+from portllm.checkpoint.blocks import LowRank, Piece, Shelf, of_expert, of_pair, overlap, pieces
+from portllm.checkpoint.derived import Old as Old
+from portllm.checkpoint.derived import derived
+from portllm.checkpoint.headers import TensorEntry
+from portllm.checkpoint.layout import HEAD, Layout, Part, on_disk, plain, whole
+from portllm.checkpoint.pairs import LoraPair, TokenRows
+from portllm.checkpoint.patch import Patch
+from portllm.checkpoint.plan import DTYPES, Change, Plan, disk_tensor, linears, refuse_quantised, times
+from portllm.checkpoint.reader import Checkpoint, read_rows
+from portllm.errors import CheckpointError, ParamsError, ShapeError, UnmatchedModulesError, UnsupportedPatchError
+
+if TYPE_CHECKING:
+    from portllm.algebra.edits import Edit
+
+RELEASE = "is this a release of the base the patch was trained on?"
+HEADS_OF_CLASSIFIERS = frozenset({"score", "classifier"})
+
+
+def make_plan(
+    patch: Patch, base: Checkpoint, layout: Layout | None = None, *, scale: float = 1.0, old: Old | None = None
+) -> Plan:
+    """Match every part of `patch` to tensors of `base`, whose layout is the plain one unless given. Reads only headers.
+
+    `scale` multiplies Δ. `old` is needed where the patch's meaning depends on it (PiSSA, OLoRA). Raises CheckpointError
+    (quantised base), UnmatchedModulesError, ShapeError, UnsupportedPatchError or ParamsError, naming what does not fit.
+    """
+    refuse_quantised(base)
+    planner = _Planner(patch, base, plain(base) if layout is None else layout, scale, old)
+    return planner.plan()
+
+
+class _Planner:
+    def __init__(self, patch: Patch, base: Checkpoint, layout: Layout, scale: float, old: Old | None) -> None:
+        self.patch, self.base, self.layout, self.scale, self.old = patch, base, layout, scale, old
+        self.pieces: defaultdict[str, list[Piece]] = defaultdict(list)
+        self.changes: dict[str, Change] = {}
+        self.modules: set[str] = set()
+        self.config: dict[str, Any] = {}
+        self.shelf = Shelf()
+        self.tied_heads: dict[str, str] = {}  # the tensor a tied head gets of its own -> the embedding's
+        self.memory = {parts[0].tensor: name for name, parts in layout.parts.items() if len(parts) == 1}
+
+    def plan(self) -> Plan:
+        self._refuse_missing()
+        self._refuse_scale()
+        for module, pair in self.patch.modules.items():
+            self._pair(module, pair)
+        for owner, stack in self.patch.stacks.items():
+            self._stack(owner, stack)
+        for tensor, group in self.pieces.items():
+            self._add(tensor, group)
+        for parameter, entry in self.patch.replaced.items():
+            self._replace(parameter, entry)
+        for module, tokens in self.patch.tokens.items():
+            self._tokens(module, tokens)
+        self._tied()
+        total = linears(self.layout) | self.modules
+        return Plan(dict(sorted(self.changes.items())), len(self.modules), len(total), self.config)
+
+    # --- low-rank updates ---
+
+    def _pair(self, module: str, pair: LoraPair) -> None:
+        parameter = f"{module}.weight"
+        self.modules.add(module)
+        parts, shape = self._place(parameter)
+        update = self._update(module, pair)
+        if self._kind(module) == "conv1d":
+            update = update.turned()
+        if update.shape != shape:
+            raise ShapeError(
+                f"{module}: patch is {times(update.shape)}, base tensor {parts[0].tensor} is {times(shape)}; {RELEASE}"
+            )
+        if pair.magnitude is not None:
+            self._dora(module, pair, parts, update)
+        else:
+            for piece in pieces(parts, lambda _: update, self._shape):
+                self.pieces[piece.tensor].append(piece)
+        if pair.bias is not None:
+            self._bias(module, pair)
+
+    def _update(self, module: str, pair: LoraPair) -> LowRank:
+        if self.patch.init == "plain":
+            return of_pair(pair, self.scale)
+        if self.old is None:
+            raise UnsupportedPatchError(
+                f"{self.patch.path}: init_lora_weights={self.patch.config.get('init_lora_weights')} took a part out of the "
+                "base it was trained on, expected that base to compute it again; pass it as --from"
+            )
+        return derived(module, pair, self.patch, self.old, self.scale)
+
+    def _dora(self, module: str, pair: LoraPair, parts: tuple[Part, ...], update: LowRank) -> None:
+        entry = pair.magnitude
+        tensor = self._single(module, parts, "DoRA")
+        turned = parts[0].transposed
+        update = update.turned() if turned else update
+        outputs = int((self._kind(module) == "linear") == turned)
+        size = 1
+        for n in entry.shape if entry is not None else ():
+            size *= n
+        if size != update.shape[outputs]:
+            raise ShapeError(f"{module}: the patch has {size} magnitudes, expected {update.shape[outputs]}; {RELEASE}")
+
+        def edit() -> Edit:
+            from portllm.algebra.edits import Dora
+
+            a, b = update.factors()
+            return Dora(a, b, update.scale, pair.magnitude_values, outputs=outputs)
+
+        sources = (*update.sources, entry.name if entry is not None else "")
+        self._change(tensor, edit, "m · (W + s·BA) / ‖W + s·BA‖", sources)
+
+    def _bias(self, module: str, pair: LoraPair) -> None:
+        name = disk_tensor(f"{module}.bias", self.layout)
+        if name is None or pair.bias is None:
+            raise UnsupportedPatchError(
+                f"{self.base.path}: {module} has no bias on disk, so lora_bias has nowhere to go; expected a base with "
+                "biases, train the patch without lora_bias"
+            )
+        if self._shape(name) != pair.bias.shape:
+            raise ShapeError(
+                f"{module}: the patch's bias is {times(pair.bias.shape)}, the base's {times(self._shape(name))}; {RELEASE}"
+            )
+
+        def edit() -> Edit:
+            from portllm.algebra.edits import AddVector
+
+            return AddVector(pair.bias_values, self.scale * pair.scaling)
+
+        self._change(name, edit, "b + s·b_B", (pair.bias.name,))
+
+    def _stack(self, owner: str, stack: tuple[LoraPair, ...]) -> None:
+        known = self.layout.modules.get(owner)
+        if known is None:
+            raise UnmatchedModulesError(f"{owner}: {self.base.path} has no such module; {RELEASE}")
+        for pair, name in zip(stack, targeted(self.patch.config, owner, tuple(known.parameters), stack), strict=True):
+            parameter = f"{owner}.{name}"
+            self.modules.add(parameter)
+            parts, shape = self._place(parameter)
+            turned = len(shape) == 3 and known.transposed
+            experts = shape[0] if len(shape) == 3 else 1
+            expected = (shape[-1], shape[-2]) if turned else (shape[-2], shape[-1])
+            if pair.shape != expected or pair.experts != experts:
+                raise ShapeError(
+                    f"{parameter}: the patch holds {pair.experts} updates of {times(pair.shape)}, the base {experts} "
+                    f"matrices of {times(expected)}; {RELEASE}"
+                )
+
+            def update(expert: int, pair: LoraPair = pair, experts: int = experts, turned: bool = turned) -> LowRank:
+                one = of_expert(pair, experts, expert, self.scale, self.shelf)
+                return one.turned() if turned else one
+
+            for piece in pieces(parts, update, self._shape):
+                self.pieces[piece.tensor].append(piece)
+
+    def _add(self, tensor: str, group: list[Piece]) -> None:
+        if overlap(group):
+            first, second = (group[0].update.sources[0], group[-1].update.sources[0])
+            raise UnmatchedModulesError(
+                f"{first} and {second} are both {tensor} of {self.base.path}; expected one update each"
+            )
+
+        def edit() -> Edit:
+            from portllm.algebra.lora import AddLora, Block, Update
+
+            blocks = ((p, *p.update.factors()) for p in group)
+            return AddLora(*(Block(Update(a, b, p.update.scale), p.row, p.column) for p, a, b in blocks))
+
+        sources = dict.fromkeys(name for piece in group for name in piece.update.sources)
+        self._change(tensor, edit, "W + s·BA", tuple(sources))
+
+    # --- replaced tensors and rows ---
+
+    def _replace(self, parameter: str, entry: TensorEntry) -> None:
+        self.modules.add(parameter.rpartition(".")[0])
+        if self._is_new_head(parameter):
+            self._new_head(parameter, entry)
+            return
+        parts, shape = self._place(parameter)
+        tensor = self._single(parameter, parts, "a module saved whole")
+        if parts[0].transposed:
+            raise UnsupportedPatchError(f"{parameter}: is stored transposed, and a module saved whole is not; train LoRA")
+        if entry.shape != shape:
+            self._grow(parameter, entry, shape)
+        grown = entry.shape != shape
+        self._change(tensor, self._replacing(entry), "replaced", (entry.name,), shape=entry.shape, reads=not grown)
+
+    def _replacing(self, entry: TensorEntry) -> Callable[[], Edit]:
+        path = self.patch.header.path
+
+        def edit() -> Edit:
+            from portllm.algebra.edits import Replace
+
+            return Replace(lambda row, count: read_rows(path, entry, row, count))
+
+        return edit
+
+    def _grow(self, parameter: str, entry: TensorEntry, shape: tuple[int, ...]) -> None:
+        """A vocabulary may grow, in the embedding and the head alike; nothing else may change its shape."""
+        vocabulary = self._kind(parameter.rpartition(".")[0]) == "embedding" or self._is_head(parameter)
+        if not vocabulary or len(entry.shape) != 2 or entry.shape[1] != shape[1] or entry.shape[0] < shape[0]:
+            raise ShapeError(
+                f"{parameter}: the patch saved {times(entry.shape)}, the base has {times(shape)}; {RELEASE}"
+            )
+        self.config["vocab_size"] = entry.shape[0]
+
+    def _is_head(self, parameter: str) -> bool:
+        return parameter.rpartition(".")[0].rpartition(".")[2] in (HEAD, "embed_out")
+
+    def _is_new_head(self, parameter: str) -> bool:
+        module = parameter.rpartition(".")[0]
+        return (
+            self.patch.config.get("task_type") == "SEQ_CLS"
+            and module in HEADS_OF_CLASSIFIERS
+            and parameter not in self.layout.parts
+            and parameter not in self.base.where
+        )
+
+    def _new_head(self, parameter: str, entry: TensorEntry) -> None:
+        """The head of a classifier on a base that has none yet: a tensor and what config.json needs to load it."""
+        architecture = str((self.base.config.get("architectures") or [""])[0])
+        stem = next((architecture.removesuffix(s) for s in ("ForCausalLM", "LMHeadModel") if architecture.endswith(s)), "")
+        if not stem or parameter.rpartition(".")[2] != "weight" or len(entry.shape) != 2:
+            raise UnsupportedPatchError(
+                f"{parameter}: {self.base.path} is a {architecture or 'model of unknown class'} without that head; "
+                "expected a causal language model, for which the head of a classifier is known"
+            )
+        count = entry.shape[0]
+        self.config["architectures"] = [f"{stem}ForSequenceClassification"]
+        self.config["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
+        self.config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
+        dtype = self.base.dtype(self.base.names[0])
+        change = Change(parameter, dtype, entry.shape, None, self._replacing(entry), "added", (entry.name,))
+        self.changes[parameter] = change
+
+    def _tokens(self, module: str, tokens: TokenRows) -> None:
+        self.modules.add(module)
+        parts, shape = self._place(f"{module}.weight")
+        tensor = self._single(module, parts, "trainable_token_indices")
+        if tokens.indices and max(tokens.indices) >= shape[0] or tokens.entry.shape != (len(tokens.indices), shape[1]):
+            raise ShapeError(
+                f"{module}: the patch trained {times(tokens.entry.shape)} rows up to {max(tokens.indices, default=0)}, "
+                f"the base has {times(shape)}; {RELEASE}"
+            )
+
+        def edit() -> Edit:
+            from portllm.algebra.edits import ReplaceRows
+
+            return ReplaceRows(dict(zip(tokens.indices, tokens.values, strict=True)))
+
+        self._change(tensor, edit, f"{len(tokens.indices)} rows replaced", (tokens.entry.name,))
+
+    # --- tied weights ---
+
+    def _tied(self) -> None:
+        for head, embedding in self.layout.tied.items():
+            below = disk_tensor(embedding, self.layout)
+            above = self._head_tensor(head)
+            if below is None or (below not in self.changes and above not in self.changes):
+                continue
+            if self._stays_tied(head, embedding):
+                self._keep_tied(head, above, below)
+            else:
+                self._untie(head, above, below)
+
+    def _stays_tied(self, head: str, embedding: str) -> bool:
+        modules = head.rpartition(".")[0], embedding.rpartition(".")[0]
+        if self.patch.ensure_weight_tying:
+            return True
+        # PEFT gives the rows of trained tokens to both sides unless each has its own
+        return modules[1] in self.patch.tokens and modules[0] not in self.patch.tokens
+
+    def _keep_tied(self, head: str, above: str, below: str) -> None:
+        """Both sides change alike: the embedding's change holds, also where the head has a copy of its own on disk."""
+        if below not in self.changes:
+            raise UnsupportedPatchError(
+                f"{head}: the patch keeps tied weights tied (ensure_weight_tying) but changes only the head; "
+                "expected the embedding's update, was the patch saved whole?"
+            )
+        own = self.changes.pop(above, None)
+        if own is not None and own.shape != self.changes[below].shape:
+            raise ShapeError(f"{head}: is {times(own.shape)} in the patch, the embedding it is tied to is not; {RELEASE}")
+        if above in self.base.where:
+            change = self.changes[below]
+            self.changes[above] = Change(above, change.dtype, change.shape, change.origin, change.edit, change.what)
+
+    def _untie(self, head: str, above: str, below: str) -> None:
+        """Each side gets a tensor of its own, and config.json says so."""
+        config = self.base.config
+        if config.get("is_encoder_decoder") or "text_config" in config or len(self.layout.tied) > 1:
+            raise UnsupportedPatchError(
+                f"{head}: the base ties it to its embedding in a way portllm cannot untie "
+                f"(model_type {config.get('model_type')}); train the patch without either, or with ensure_weight_tying"
+            )
+        self.config["tie_word_embeddings"] = False
+        if above not in self.changes:
+            entry = self.base.entry(below)
+            self.changes[above] = Change(above, entry.dtype, entry.shape, below, None, "the base's embedding, untied")
+        rows = {name: self.changes[name].shape for name in (above, below) if name in self.changes}
+        if len({shape[0] for shape in rows.values()} | {self._rows_of(below, rows)}) > 1:
+            raise ShapeError(
+                f"{head}: has {self.changes[above].shape[0]} rows, the embedding {self._rows_of(below, rows)}; expected one "
+                "vocabulary, save both sides with the patch (modules_to_save)"
+            )
+
+    def _rows_of(self, tensor: str, changed: Mapping[str, tuple[int, ...]]) -> int:
+        return changed[tensor][0] if tensor in changed else self._shape(tensor)[0]
+
+    # --- names ---
+
+    def _place(self, parameter: str) -> tuple[tuple[Part, ...], tuple[int, ...]]:
+        """(its parts on disk, its shape in memory); for a tied head, a tensor of its own read from the embedding's."""
+        if parameter in self.layout.tied:
+            below = disk_tensor(self.layout.tied[parameter], self.layout)
+            if below is None:
+                raise UnmatchedModulesError(f"{parameter}: is tied to a parameter that is not on disk; {RELEASE}")
+            shape = self._shape(below)
+            self.tied_heads[self._head_tensor(parameter)] = below
+            return (whole(self._head_tensor(parameter), shape),), shape
+        if parameter in self.layout.opaque:
+            raise UnsupportedPatchError(
+                f"{parameter}: is stored {self.layout.opaque[parameter]} in {self.base.path}, which portllm does not port; "
+                "train the patch without it"
+            )
+        if parameter in self.layout.parts:
+            module, _, leaf = parameter.rpartition(".")
+            return self.layout.parts[parameter], self.layout.modules[module].parameters[leaf]
+        if parameter in self.base.where:  # a name of an older transformers, or of the model without its head
+            shape = self._shape(parameter)
+            return (whole(parameter, shape),), shape
+        raise UnmatchedModulesError(f"{parameter}: is not in {self.base.path}; {RELEASE}")
+
+    def _refuse_missing(self) -> None:
+        names = [*self.patch.modules, *self.patch.tokens, *self.patch.stacks, *self.patch.replaced]
+        missing = [name for name in names if not self._known(name)]
+        if missing:
+            some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise UnmatchedModulesError(
+                f"{len(missing)} of the patch's {len(names)} modules are not in {self.base.path}: {some}; {RELEASE}"
+            )
+
+    def _known(self, name: str) -> bool:
+        if name in self.patch.stacks:
+            return name in self.layout.modules
+        parameter = name if name in self.patch.replaced else f"{name}.weight"
+        known = (self.layout.tied, self.layout.parts, self.layout.opaque, self.base.where)
+        return any(parameter in names for names in known) or self._is_new_head(parameter)
+
+    def _refuse_scale(self) -> None:
+        patch = self.patch
+        whole = [*patch.replaced, *patch.tokens, *(m for m, pair in patch.modules.items() if pair.magnitude is not None)]
+        if self.scale != 1.0 and whole:
+            raise ParamsError(
+                f"port.scale is {self.scale:g}, but {whole[0]} is replaced or renormalised (modules_to_save, trained tokens or "
+                "biases, DoRA), which has no scale; expected 1"
+            )
+
+    def _kind(self, module: str) -> str:
+        if module not in self.layout.modules:
+            module = self.memory.get(f"{module}.weight", "").rpartition(".")[0]
+        known = self.layout.modules.get(module)
+        return known.kind if known is not None and known.kind != "other" else "linear"
+
+    def _single(self, name: str, parts: tuple[Part, ...], what: str) -> str:
+        if len(parts) != 1 or parts[0].of != tuple((0, n) for n in self._shape(parts[0].tensor)):
+            raise UnsupportedPatchError(
+                f"{name}: is stored in {len(parts)} parts in {self.base.path}, and {what} needs it whole; not supported"
+            )
+        return parts[0].tensor
+
+    def _head_tensor(self, parameter: str) -> str:
+        return self.layout.absent.get(parameter) or on_disk(parameter, self.base)
+
+    def _shape(self, tensor: str) -> tuple[int, ...]:
+        return self.base.shape(self.tied_heads.get(tensor, tensor))
+
+    def _change(
+        self, tensor: str, edit: Callable[[], Edit], what: str, sources: tuple[str, ...],
+        *, shape: tuple[int, ...] | None = None, reads: bool = True,
+    ) -> None:  # fmt: skip
+        origin = self.tied_heads.get(tensor, tensor)
+        entry = self.base.entry(origin)
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.base.path}: {origin} has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}; "
+                "port onto the release in floating point"
+            )
+        if tensor in self.changes:
+            raise UnsupportedPatchError(
+                f"{tensor}: is changed by {self.changes[tensor].sources[0]} and by {sources[0]}; expected one kind of change"
+            )
+        self.changes[tensor] = Change(
+            tensor, entry.dtype, shape or entry.shape, origin if reads else None, edit, what, sources
+        )
