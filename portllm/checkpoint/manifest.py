@@ -1,0 +1,197 @@
+"""A ported directory against its own port.json: every file with its SHA-256, no other weights, the same fingerprint.
+
+Nothing port.json says is trusted before it is checked: it may have been edited, or written by someone else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from portllm.checkpoint import fingerprint
+from portllm.checkpoint.files import TOKENIZER, WEIGHT_SUFFIXES
+from portllm.checkpoint.headers import Header
+from portllm.checkpoint.provenance import SNAPSHOTS
+from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.records import PortRecord, Source
+from portllm.checkpoint.writer import Meter
+from portllm.errors import CheckpointError, UnsafeFileError, VerificationError
+
+HEX = re.compile(r"[0-9a-f]{64}")
+PIECE_BYTES = 1 << 20
+OUTPUTS = ("merged", "adapter")
+# what else decides how the directory loads: one of them added is as good as a weight changed
+LOADED = TOKENIZER | {
+    "config.json", "adapter_config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """A ported directory: its record, and where each file that it names is."""
+
+    folder: Path
+    record: PortRecord
+    files: Mapping[str, Path]
+
+    @classmethod
+    def open(cls, folder: Path) -> Manifest:
+        """Read port.json and find every file it names. Raises CheckpointError, UnsafeFileError, VerificationError."""
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: expected a ported directory, found {_kind(folder)}; check the path")
+        record = PortRecord.read(folder)
+        if problem := _malformed(record):
+            raise CheckpointError(f"{folder / PortRecord.FILE}: {problem}; make the directory again")
+        return cls(folder, record, {name: _inside(folder, name) for name in sorted(record.files)})
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files that port.json names."""
+        return sum(path.stat().st_size for path in self.files.values())
+
+    def headers(self) -> list[Header]:
+        """The safetensors headers, which must agree with their files and the index. Raises CheckpointError."""
+        if self.record.output == "merged":
+            return list(Checkpoint.open(self.folder).shards)
+        return fingerprint.headers(self.folder)
+
+    def check_names(self) -> None:
+        """Raise VerificationError for a file that would be loaded and is not in port.json."""
+        for name in _present(self.folder):
+            if name not in self.files and name != PortRecord.FILE and _is_loaded(name):
+                raise VerificationError(
+                    f"{self.folder / name}: is not in {PortRecord.FILE}, expected only files the port wrote; "
+                    "remove it, or port again"
+                )
+
+    def check_digests(self, meter: Meter) -> None:
+        """Read every file. Raises VerificationError for the first whose SHA-256 is not port.json's."""
+        for name, path in self.files.items():
+            found, expected = _digest(path, meter), self.record.files[name]
+            if found != expected:
+                raise VerificationError(
+                    f"{self.folder / name}: has SHA-256 {found[:12]}, {PortRecord.FILE} says {expected[:12]}; "
+                    "it was changed or damaged after the port, port again"
+                )
+
+    def check_fingerprint(self, meter: Meter) -> None:
+        """Read every tensor, whatever is cached. Raises VerificationError when the fingerprint is not port.json's."""
+        tensors = {}
+        for header in self.headers():
+            tensors.update(fingerprint.digests([header], fresh=True))
+            meter.add(header.size)
+        found, expected = fingerprint.combine(tensors), self.record.fingerprint
+        if found != expected:
+            raise VerificationError(
+                f"{self.folder}: has fingerprint {found[:12]}, {PortRecord.FILE} says {(expected or 'none')[:12]}; "
+                "port again"
+            )
+
+
+def _malformed(record: PortRecord) -> str | None:
+    """What is wrong with the types of a record, in words."""
+    sources = (record.base, record.patch, *([record.trained_on] if record.trained_on is not None else []))
+    checks = {
+        "base, patch and trained_on must each have a name and perhaps a fingerprint": all(map(_is_source, sources)),
+        f"output must be one of {', '.join(OUTPUTS)}": record.output in OUTPUTS,
+        "scale must be a finite number": _is_number(record.scale) and math.isfinite(record.scale),
+        "method must be text": isinstance(record.method, str),
+        "task must be text or absent": record.task is None or isinstance(record.task, str),
+        "fingerprint must be a SHA-256": _is_digest(record.fingerprint),
+        "files must map names to SHA-256 digests": _is_files(record.files),
+        "modules and tensors must map names to numbers": _counts(record.modules) and _counts(record.tensors),
+    }
+    return next((words for words, holds in checks.items() if not holds), None)
+
+
+def _is_source(value: Any) -> bool:
+    return (
+        isinstance(value, Source)
+        and isinstance(value.name, str)
+        and (value.fingerprint is None or _is_digest(value.fingerprint))
+        and (value.revision is None or isinstance(value.revision, str))
+    )
+
+
+def _is_files(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(_is_digest(digest) for digest in value.values())
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(count) is int for count in value.values())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and HEX.fullmatch(value) is not None
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file `name` below `folder`. Raises UnsafeFileError where the name or a link leads out of it."""
+    parts = PurePosixPath(name).parts
+    plain = "\0" not in name and "\\" not in name and parts and "/".join(parts) == name
+    if not plain or name.startswith("/") or ".." in parts or name == PortRecord.FILE:
+        raise UnsafeFileError(
+            f"{folder / PortRecord.FILE}: names the file {name[:200]!r}, expected a plain name in the directory; "
+            "do not trust it, port again"
+        )
+    path = folder.joinpath(*parts)
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise VerificationError(
+            f"{path}: is in {PortRecord.FILE} and not in the directory, expected every file the port wrote; port again"
+        ) from error
+    if not real.is_relative_to(_root(folder)):
+        raise UnsafeFileError(f"{path}: is a link that leads out of the directory; do not trust it, port again")
+    if not real.is_file():
+        raise VerificationError(
+            f"{path}: expected the file that {PortRecord.FILE} names, found another kind; port again"
+        )
+    return path
+
+
+def _root(folder: Path) -> Path:
+    # a snapshot in a hub cache is made of links to the blobs beside it
+    own = folder.absolute()
+    if own.parent.name == SNAPSHOTS and own.parent.parent.name.startswith("models--"):
+        return own.parent.parent.resolve()
+    return folder.resolve()
+
+
+def _present(folder: Path) -> Iterator[str]:
+    for where, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            yield (Path(where) / name).relative_to(folder).as_posix()
+
+
+def _is_loaded(name: str) -> bool:
+    return Path(name).suffix in WEIGHT_SUFFIXES | {".py"} or name.endswith(".index.json") or name in LOADED
+
+
+def _digest(path: Path, meter: Meter) -> str:
+    total, buffer = hashlib.sha256(), memoryview(bytearray(PIECE_BYTES))
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                total.update(buffer[:count])
+                meter.add(count)
+    except OSError as error:
+        raise VerificationError(
+            f"{path}: cannot be read ({error.strerror or error}); see to its permissions or the disk and try again"
+        ) from error
+    return total.hexdigest()
+
+
+def _kind(path: Path) -> str:
+    return "a file" if path.exists() else "nothing"

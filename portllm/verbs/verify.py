@@ -1,0 +1,163 @@
+"""`portllm verify DIR`: a ported directory against its port.json and, given base and patch, against arithmetic.
+
+Without base and patch: every file is as it was written, no other weights are there. With them: every tensor that the
+patch leaves alone is the base's byte for byte, and a sample of the others is computed again, whole, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from portllm.checkpoint import fingerprint, provenance
+from portllm.checkpoint.manifest import Manifest
+from portllm.checkpoint.patch import Patch
+from portllm.checkpoint.planning import Old, make_plan
+from portllm.checkpoint.proof import Adapter, Merged, Proof, Sample, fitting
+from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.records import PortRecord, Source
+from portllm.checkpoint.writer import Meter
+from portllm.errors import ParamsError, VerificationError
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class VerifyRecord:
+    """What was proven of a ported directory; `proof` is None where base and patch were not given."""
+
+    folder: str
+    record: PortRecord
+    nbytes: int
+    sample: Sample
+    proof: Proof | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The one JSON object of `verify --json`."""
+        record, proof = self.record, self.proof
+        return {
+            "dir": self.folder, "as": record.output, "fingerprint": record.fingerprint, "files": len(record.files),
+            "bytes": self.nbytes, "base": {"fingerprint": record.base.fingerprint},
+            "patch": {"fingerprint": record.patch.fingerprint},
+            "proof": proof and {
+                "tensors": {
+                    "identical": proof.identical, "changed": proof.changed, "recomputed": len(proof.recomputed),
+                },
+                "recomputed": list(proof.recomputed), "too_large": list(proof.too_large), "seed": self.sample.seed,
+            },
+        }  # fmt: skip
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        mark = (self.record.fingerprint or "")[:12]
+        lines = [
+            f"{self.folder}: {len(self.record.files)} files, {self.nbytes / 1e6:.1f} MB, are as port.json says "
+            f"(SHA-256 of each; fingerprint {mark}), and no other weights are there"
+        ]
+        if self.proof is None:
+            return [*lines, "not compared with base and patch: pass --onto and --patch to prove the tensors too"]
+        proof, whose = self.proof, "base" if self.record.output == "merged" else "patch"
+        lines.append(f"{proof.identical} tensors are the {whose}'s, byte for byte")
+        if proof.changed:
+            some = "" if len(proof.recomputed) == proof.changed else f" (seed {self.sample.seed}; --all takes all)"
+            lines.append(
+                f"{len(proof.recomputed)} of {proof.changed} changed tensors, computed again in float64 and rounded "
+                f"once, are equal in every bit{some}"
+            )
+        if proof.too_large:
+            lines.append(f"{len(proof.too_large)} changed tensors are too large for this machine's memory: left out")
+        return lines
+
+
+def run(
+    *,
+    folder: Path,
+    onto: Path | None = None,
+    patch: Path | None = None,
+    source: Path | None = None,
+    sample: Sample | None = None,
+    on_progress: Progress | None = None,
+) -> VerifyRecord:
+    """Verify `folder`; `onto` and `patch` are what it was made from, `source` the patch's own base. Reads only.
+
+    Raises VerificationError at the first difference, CheckpointError, PatchError or ParamsError.
+    """
+    if (onto is None) != (patch is None) or (source is not None and onto is None):
+        raise ParamsError(
+            "verify: expected base and patch together (--onto BASE --patch PATCH [--from OLD]) or neither"
+        )
+    sample = sample or Sample()
+    if sample.count < 1:
+        raise ParamsError(f"verify: sample must be at least 1, found {sample.count}; to take all, pass --all")
+    manifest = Manifest.open(folder)
+    manifest.check_names()
+    stored = sum(header.size for header in manifest.headers())
+    inputs = _Inputs.open(manifest, onto, patch, source) if onto is not None and patch is not None else None
+    chosen, too_large = inputs.choose(sample) if inputs is not None else ([], [])
+    meter = Meter(manifest.nbytes + stored + (inputs.nbytes(chosen) if inputs is not None else 0), on_progress)
+    manifest.check_digests(meter)
+    manifest.check_fingerprint(meter)
+    proof = inputs.prove(chosen, too_large, meter) if inputs is not None else None
+    return VerifyRecord(provenance.public_name(folder), manifest.record, manifest.nbytes, sample, proof)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a directory is said to be made from, and what making it again would write."""
+
+    manifest: Manifest
+    base: Checkpoint
+    patch: Patch
+    source: Path | None
+    making: Merged | Adapter
+
+    @classmethod
+    def open(cls, manifest: Manifest, onto: Path, patch: Path, source: Path | None) -> _Inputs:
+        base, lora = Checkpoint.open(onto), Patch.open(patch)
+        old = Checkpoint.open(source) if source is not None else None
+        plan = make_plan(lora, base, scale=manifest.record.scale, old=_old(old))
+        if manifest.record.output == "merged":
+            return cls(manifest, base, lora, source, Merged(Checkpoint.open(manifest.folder), base, plan))
+        return cls(manifest, base, lora, source, Adapter(Patch.open(manifest.folder), lora, manifest.record))
+
+    def choose(self, sample: Sample) -> tuple[list[str], list[str]]:
+        """Names of the tensors to compute again, and of those that no memory is there for."""
+        import psutil
+
+        sizes = self.making.recomputable()
+        fits = fitting(sizes, psutil.virtual_memory().available)
+        return sample.choose(fits) if fits else [], sorted(sizes.keys() - fits.keys())
+
+    def nbytes(self, chosen: list[str]) -> int:
+        """How much there is to read: the inputs for their fingerprints, and both sides of every comparison."""
+        return self.base.nbytes + self.patch.header.size + self.making.nbytes(chosen)
+
+    def prove(self, chosen: list[str], too_large: list[str], meter: Meter) -> Proof:
+        """Raise VerificationError where the inputs are others than port.json's, or the tensors not what they make."""
+        record = self.manifest.record
+        self._same("--onto", self.base.path, record.base)
+        meter.add(self.base.nbytes)
+        self._same("--patch", self.patch.path, record.patch)
+        meter.add(self.patch.header.size)
+        if self.source is not None and record.trained_on is not None:
+            self._same("--from", self.source, record.trained_on)
+        proof = self.making.prove(chosen, meter)
+        return Proof(proof.identical, proof.recomputed, proof.changed, tuple(too_large))
+
+    def _same(self, flag: str, path: Path, recorded: Source) -> None:
+        if recorded.fingerprint is None:
+            return
+        found = fingerprint.fingerprint(path)
+        if found != recorded.fingerprint:
+            raise VerificationError(
+                f"{path}: has fingerprint {found[:12]}, {self.manifest.folder / PortRecord.FILE} names {recorded.name} "
+                f"with fingerprint {recorded.fingerprint[:12]}; pass that one as {flag}"
+            )
+
+
+def _old(base: Checkpoint | None) -> Old | None:
+    from portllm.checkpoint.layout import plain
+
+    return Old(base, plain(base)) if base is not None else None
