@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from portllm.api import evaluate, fingerprint, port
+    from portllm.api import evaluate, fingerprint, port, verify
 
-__all__ = ["__version__", "evaluate", "fingerprint", "port"]
+__all__ = ["__version__", "evaluate", "fingerprint", "port", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from portllm.checkpoint.proof import Sample
 from portllm.checkpoint.records import PortRecord
 from portllm.lm.hub import resolve
 from portllm.params import EvaluateParams, PortParams
 from portllm.verbs import evaluate as evaluate_verb
 from portllm.verbs import fingerprint as fingerprint_verb
 from portllm.verbs import port as port_verb
+from portllm.verbs import verify as verify_verb
 
 Name = str | Path
 
@@ -38,6 +40,31 @@ def port(
         params=PortParams(as_=as_, scale=scale),
         source=None if source is None else resolve(source),
         force=force,
+        on_progress=on_progress,
+    )
+
+
+def verify(
+    folder: Name,
+    *,
+    onto: Name | None = None,
+    patch: Name | None = None,
+    source: Name | None = None,
+    sample: int | None = 8,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> verify_verb.VerifyRecord:
+    """Prove that the ported `folder` is what its port.json says and, given base and patch, what these two make.
+
+    `sample` changed tensors, chosen by `seed`, are computed again from scratch; None: all. Raises PortllmError, which
+    names the first file or tensor that differs.
+    """
+    return verify_verb.run(
+        folder=resolve(folder),
+        onto=None if onto is None else resolve(onto),
+        patch=None if patch is None else resolve(patch),
+        source=None if source is None else resolve(source),
+        sample=Sample(count=8 if sample is None else sample, everything=sample is None, seed=seed),
         on_progress=on_progress,
     )
 

@@ -18,7 +18,19 @@ HEAVY = (
     "accelerate", "datasets", "dvc", "huggingface_hub", "jinja2", "lm_eval", "matplotlib", "mlflow", "numpy", "pandas",
     "peft", "pyarrow", "safetensors", "tokenizers", "torch", "transformers", "yaml",
 )  # fmt: skip
-VERBS = ("prepare", "fetch", "evolve", "train", "port", "evaluate", "report", "register", "fingerprint", "tasks")
+VERBS = (
+    "prepare",
+    "fetch",
+    "evolve",
+    "train",
+    "port",
+    "verify",
+    "evaluate",
+    "report",
+    "register",
+    "fingerprint",
+    "tasks",
+)
 
 
 def call(*words: str | Path) -> Result:

@@ -2,7 +2,7 @@
 
 __init__.py   the group: options before the verb, the verbs in the order of the pipeline
 making.py     prepare, fetch, evolve, train, port
-judging.py    evaluate, report, register, fingerprint, tasks
+judging.py    verify, evaluate, report, register, fingerprint, tasks
 options.py    flags generated from the sections of params.py, and those all verbs share
 running.py    progress, tracking, cost and the JSON object, shared by every command
 lineage.py    what each verb read and wrote, for the tracker
@@ -29,6 +29,7 @@ def main(ctx: click.Context, verbose: int, quiet: bool, track: bool | None) -> N
     \b
     Examples:
       portllm port my-patch --onto new-base --out ported
+      portllm verify ported --onto new-base --patch my-patch
       portllm evaluate new-base --patch my-patch --tasks boolq --out scores.json
       portllm fingerprint new-base
     """
@@ -41,6 +42,7 @@ for command in (
     making.evolve,
     making.train,
     making.port,
+    judging.verify,
     judging.evaluate,
     judging.report,
     judging.register,

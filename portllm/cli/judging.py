@@ -1,4 +1,4 @@
-"""The verbs that look at things: scores, the report, the registry, identity, the tasks known."""
+"""The verbs that look at things: proofs, scores, the report, the registry, identity, the tasks known."""
 
 from __future__ import annotations
 
@@ -10,10 +10,59 @@ import click
 
 from portllm import params
 from portllm.cli.options import COMMA_LIST, DIRECTORY, FORCE, JSON, OUT, TRUST, apply, common, of_section
-from portllm.cli.running import Common, answer, stage
+from portllm.cli.running import Common, answer, measured, stage
 
 if TYPE_CHECKING:
     from portllm.tracking import Registered
+
+
+@click.command(short_help="Is a ported directory what it says it is?")
+@click.argument("folder", metavar="DIR")
+@click.option("--onto", metavar="BASE", help="The release it was ported onto: compare every tensor.")
+@click.option("--patch", metavar="PATCH", help="The patch it was made from; goes with --onto.")
+@click.option("--from", "source", metavar="OLD", help="The base the patch was trained on, where the port needed it.")
+@click.option("--all", "everything", is_flag=True, help="Compute every changed tensor again, not a sample.")
+@click.option("--sample", type=click.IntRange(min=1), help="How many changed tensors to compute again [default: 8].")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which tensors the sample takes.")
+@JSON
+def verify(
+    folder: str,
+    onto: str | None,
+    patch: str | None,
+    source: str | None,
+    everything: bool,
+    sample: int | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Is a ported directory what its port.json says, and what its base and patch make?
+
+    Every file is read again and compared with port.json. With base and patch, every tensor the patch leaves alone must
+    be the base's byte for byte, and a sample of the others is computed again, whole, in float64 and rounded once.
+
+    \b
+    Examples:
+      portllm verify ported
+      portllm verify ported --onto new-base --patch my-patch
+      portllm verify ported --onto new-base --patch my-patch --all --json
+    """
+    from portllm import api
+    from portllm.cli.lineage import of_verify
+
+    if (onto is None) != (patch is None) or (source is not None and onto is None):
+        raise click.UsageError("--onto and --patch go together, and --from goes with them.")
+    if onto is None and (everything or sample is not None):
+        raise click.UsageError("--all and --sample need --onto and --patch.")
+    if everything and sample is not None:
+        raise click.UsageError("--all and --sample exclude one another.")
+    opts = Common(params_file=None, cost=None, as_json=as_json)
+    with stage("verify", name=f"verify {Path(folder).name}", section=None, opts=opts) as running:
+        record = api.verify(
+            folder, onto=onto, patch=patch, source=source, sample=None if everything else sample or 8, seed=seed,
+            on_progress=running.bytes,
+        )  # fmt: skip
+        running.finish(**of_verify(record))
+    answer({**record.as_json(), **measured()}, as_json=as_json, line="\n".join(record.lines()))
 
 
 @click.command(short_help="Score a model and patches over it.")

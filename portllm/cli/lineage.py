@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from portllm.verbs.evaluate import Evaluation
     from portllm.verbs.register import Decision, RegisterRecord
     from portllm.verbs.report import ReportRecord
+    from portllm.verbs.verify import VerifyRecord
 
 Told = dict[str, Any]
 # set by `dvc exp run` for the commands of its stages
@@ -63,6 +64,21 @@ def of_port(record: PortRecord, out: Path) -> Told:
         "writes": [Artifact("ported", public_name(out), record.fingerprint)] if record.fingerprint else [],
         "artifacts": [out / PortRecord.FILE],
         "tags": {"portllm.task": record.task or ""},
+    }
+
+
+def of_verify(record: VerifyRecord) -> Told:
+    """A ported directory was proven to be what it says it is."""
+    proof, marks = record.proof, record.record
+    counts = {"identical": proof.identical, "recomputed": len(proof.recomputed)} if proof is not None else {}
+    return {
+        "metrics": {"files": len(marks.files), **{f"tensors_{kind}": count for kind, count in counts.items()}},
+        "reads": [
+            *([Artifact("ported", record.folder, marks.fingerprint)] if marks.fingerprint else []),
+            *_sources("checkpoint", marks.base),
+            *_sources("patch", marks.patch),
+        ],
+        "tags": {"portllm.task": marks.task or ""},
     }
 
 
