@@ -22,8 +22,17 @@ The message says what, what was expected, what was found, and the next step.
 from __future__ import annotations
 
 
+MAX_CHARACTERS = 900
+
+
 class PortllmError(Exception):
     """Root of every error raised on purpose; its text is one line fit for a terminal."""
+
+    def __str__(self) -> str:
+        # names out of hostile files may hold line breaks, colours or a megabyte
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
+        half = MAX_CHARACTERS // 2
+        return text if len(text) <= MAX_CHARACTERS else f"{text[:half]} […] {text[-half:]}"
 
 
 class ParamsError(PortllmError):

@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from portllm.checkpoint.headers import reading
+from portllm.errors import CheckpointError
+
 # weights in any format: a copy of the base's would stand unmerged beside the ported ones
 WEIGHT_SUFFIXES = frozenset({
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
@@ -25,7 +28,7 @@ def companions(base: Path, patch: Path) -> dict[str, Path]:
     """Relative name → file to copy into a ported checkpoint: the base's, with the tokenizer of the patch if it has one.
 
     A patch that carries a vocabulary brings its whole tokenizer, so that two tokenizers are never mixed; one that
-    carries a chat template alone brings just that.
+    carries a chat template alone brings just that. Raises CheckpointError where one is a link to nothing or no file.
     """
     files = dict(_others(base))
     own = tokenizer_files(patch)
@@ -35,22 +38,36 @@ def companions(base: Path, patch: Path) -> dict[str, Path]:
     elif templates := {name: path for name, path in own.items() if _of_template(name)}:
         files = {name: path for name, path in files.items() if not _of_template(name)}
         files.update(templates)
-    return dict(sorted(files.items()))
+    return {name: _file(path) for name, path in sorted(files.items())}
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """Relative name → path of the tokenizer files and chat templates in `folder`."""
-    return {name: path for name, path in _others(folder) if _of_tokenizer(name)}
+    """Relative name → path of the tokenizer files and chat templates in `folder`. Raises CheckpointError."""
+    return {name: _file(path) for name, path in _others(folder) if _of_tokenizer(name)}
 
 
 def _others(folder: Path) -> Iterator[tuple[str, Path]]:
-    for where, folders, names in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and not (Path(where) / f).is_symlink())
-        for name in sorted(names):
-            path = Path(where) / name
-            relative = path.relative_to(folder).as_posix()
-            if not name.startswith(".") and path.is_file() and not _is_weight(name) and relative not in RECORDS:
-                yield relative, path
+    """Everything in `folder` that is no weight, no record and not hidden. Raises CheckpointError."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    with reading(folder):
+        for where, folders, names in os.walk(folder, onerror=refuse):
+            folders[:] = sorted(f for f in folders if not f.startswith(".") and not (Path(where) / f).is_symlink())
+            for name in sorted(names):
+                path = Path(where) / name
+                relative = path.relative_to(folder).as_posix()
+                if not name.startswith(".") and not _is_weight(name) and relative not in RECORDS:
+                    yield relative, path
+
+
+def _file(path: Path) -> Path:
+    # what cannot be taken along is said, never left out in silence: a model without its tokenizer is a wrong model
+    if not path.is_file():
+        found = "a link to nothing" if path.is_symlink() and not path.exists() else "no file"
+        raise CheckpointError(f"{path}: expected a file to copy, found {found}; fetch it again or remove it")
+    return path
 
 
 def _is_weight(name: str) -> bool:

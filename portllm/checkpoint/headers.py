@@ -7,23 +7,35 @@ Format: safetensors' own README ("Format").
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from portllm.errors import CheckpointError, HeaderError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
+MAX_AXES = 64  # the limit of torch
 
 BITS = {
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4,
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64,
 }  # fmt: skip
+
+KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,17 +65,41 @@ class Header:
     metadata: Mapping[str, str]
 
 
-def read_header(path: Path) -> Header:
-    """The header of `path`. Raises CheckpointError when unreadable, HeaderError when it does not describe its file."""
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the system refuses while `path` is read into a CheckpointError that names it."""
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = _length(file.read(8), size, path)
-            text = file.read(length)
+        yield
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
+            f"{path}: cannot be read ({error.strerror or error}); check the path, its permissions and the disk"
         ) from error
+    except ValueError as error:  # a NUL in the name
+        raise CheckpointError(f"{path}: cannot be read ({error}); check the path") from error
+
+
+def open_input(path: Path) -> BinaryIO:
+    """`path` opened for reading, unbuffered; links are followed. Raises CheckpointError, also for what is no file.
+
+    The kind is looked at first: opening a FIFO waits for a writer that never comes, and a device never ends.
+    """
+    with reading(path):
+        mode = path.stat().st_mode
+        for is_kind, kind in KINDS:
+            if is_kind(mode):
+                raise CheckpointError(f"{path}: cannot be read: expected a file, found {kind}; fetch it again")
+        return path.open("rb", buffering=0)
+
+
+def read_header(path: Path) -> Header:
+    """The header of `path`. Raises CheckpointError when unreadable, HeaderError when it does not describe its file."""
+    with open_input(path) as file:
+        with reading(path):
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+        length = _length(prefix, size, path)
+        with reading(path):
+            text = file.read(length)
     tree = _json(text, path)
     metadata = _metadata(tree.pop("__metadata__", {}), path)
     start = 8 + length
@@ -84,7 +120,8 @@ def _length(prefix: bytes, size: int, path: Path) -> int:
 
 def _json(text: bytes, path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        tree = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        "".join(tree).encode()  # JSON can spell half a character, which no file can hold
     except (ValueError, RecursionError) as error:
         raise _bad(path, f"the header is not valid JSON ({error})") from error
     if not isinstance(tree, dict):
@@ -92,10 +129,13 @@ def _json(text: bytes, path: Path) -> dict[str, Any]:
     return tree
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) != len(pairs):
-        raise ValueError("a name occurs twice")
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict. Raises ValueError for a key that occurs twice, which JSON leaves open."""
+    tree: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in tree:
+            raise ValueError(f"{key} occurs twice")
+        tree[key] = value
     return tree
 
 
@@ -113,6 +153,8 @@ def _entry(name: str, value: Any, start: int, path: Path) -> TensorEntry:
         raise _bad(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _bad(path, f"tensor {name!r} has a malformed shape or byte range")
+    if len(shape) > MAX_AXES or math.prod(n for n in shape if n) >= 2**63:
+        raise _bad(path, f"tensor {name!r} has {len(shape)} axes of sizes beyond what fits into memory")
     expected = math.prod(shape) * BITS[dtype]
     if expected != 8 * (offsets[1] - offsets[0]):
         raise _bad(path, f"tensor {name!r} needs {expected // 8} bytes, its range holds {offsets[1] - offsets[0]}")

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.headers import Header, TensorEntry, read_header
-from portllm.errors import CheckpointError, UnsafeFileError
+from portllm.checkpoint.headers import MAX_HEADER_BYTES, Header, TensorEntry, open_input, read_header, reading, unique
+from portllm.errors import CheckpointError, PatchError, UnsafeFileError
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +43,9 @@ class Checkpoint:
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """Read config and headers. Raises CheckpointError, UnsafeFileError or HeaderError; reads no tensor data."""
-        if not path.is_dir():
-            raise CheckpointError(f"{path}: expected a model directory, found {_kind(path)}; check the path")
+        with reading(path):
+            if not path.is_dir():
+                raise CheckpointError(f"{path}: expected a model directory, found {_kind(path)}; check the path")
         config = read_json_object(path / "config.json")
         shards = tuple(read_header(path / name) for name in shard_names(path))
         where: dict[str, Header] = {}
@@ -98,13 +99,23 @@ def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=dtype)
     buffer = bytearray(entry.nbytes)
-    with path.open("rb", buffering=0) as file:
+    with open_input(path) as file:
         read_exactly(file.fileno(), memoryview(buffer), entry.start, path)
     return torch.frombuffer(buffer, dtype=dtype).reshape(entry.shape)
 
 
+def check_finite(path: Path, entry: TensorEntry) -> None:
+    """Raise PatchError when a tensor holds NaN or infinity; read in blocks."""
+    total = math.prod(entry.shape)
+    for at in range(0, total, BLOCK_ELEMENTS):
+        if not _elements(path, entry, (at, min(at + BLOCK_ELEMENTS, total))).isfinite().all():
+            raise PatchError(
+                f"{path}: tensor {entry.name} holds NaN or infinity; expected finite values, train the patch again"
+            )
+
+
 def read_rows(path: Path, entry: TensorEntry, row: int, count: int) -> torch.Tensor:
-    """Rows [row, row + count) of a tensor seen as (rows, columns), a vector as one row; all of them where count is −1."""
+    """Rows [row, row + count) of a tensor seen as (rows, columns), a vector as one row; all where count is −1."""
     rows, columns = (math.prod(entry.shape[:-1]), entry.shape[-1]) if entry.shape else (1, 1)
     stop = rows if count < 0 else row + count
     return _elements(path, entry, (row * columns, stop * columns)).view(stop - row, columns)
@@ -134,10 +145,11 @@ def _elements(path: Path, entry: TensorEntry, span: tuple[int, int]) -> torch.Te
 
 
 def read_exactly(handle: int, buffer: memoryview, offset: int, path: Path) -> None:
-    """Fill `buffer` from byte `offset` of the file. Raises CheckpointError when the file ends first."""
+    """Fill `buffer` from byte `offset` of the file. Raises CheckpointError where it ends first or the disk fails."""
     done = 0
     while done < len(buffer):
-        count = os.preadv(handle, [buffer[done:]], offset + done)
+        with reading(path):
+            count = os.preadv(handle, [buffer[done:]], offset + done)
         if count == 0:
             raise CheckpointError(f"{path}: became shorter while it was read; leave inputs alone and try again")
         done += count
@@ -145,7 +157,9 @@ def read_exactly(handle: int, buffer: memoryview, offset: int, path: Path) -> No
 
 def shard_names(path: Path) -> list[str]:
     """File names of the safetensors that make up the checkpoint, sorted. Raises CheckpointError, UnsafeFileError."""
-    single, index = (path / SINGLE).is_file(), (path / INDEX).is_file()
+    with reading(path):
+        single, index = (path / SINGLE).is_file(), (path / INDEX).is_file()
+        pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if single and index and set(_weight_map(path).values()) != {SINGLE}:
         raise CheckpointError(
             f"{path}: has both {SINGLE} and {INDEX}, which contradict each other; remove the stale one"
@@ -154,7 +168,6 @@ def shard_names(path: Path) -> list[str]:
         return [SINGLE]
     if index:
         return sorted(set(_weight_map(path).values()))
-    pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
         code = (
             "import sys; from transformers import AutoModelForCausalLM as M; "
@@ -165,28 +178,36 @@ def shard_names(path: Path) -> list[str]:
     raise CheckpointError(f"{path}: has neither {SINGLE} nor {INDEX}; is this a model directory?")
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A small JSON file holding an object. Raises CheckpointError."""
+def read_json_object(path: Path, *, once: bool = False) -> dict[str, Any]:
+    """A JSON file holding an object; `once` refuses a key that occurs twice. Raises CheckpointError."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent}: has no {path.name}; is this the right directory?") from error
-    except (OSError, ValueError, RecursionError) as error:
-        text = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: not readable JSON ({text}); fetch the file again") from error
+        exists = path.exists()
+    except (OSError, ValueError):
+        exists = True  # what is wrong with it, opening it will tell
+    if not exists:
+        raise CheckpointError(f"{path.parent}: has no {path.name}; is this the right directory?")
+    with open_input(path) as file, reading(path):
+        text = file.read(MAX_HEADER_BYTES + 1)
+    try:
+        if len(text) > MAX_HEADER_BYTES:
+            raise ValueError(f"more than {MAX_HEADER_BYTES} bytes")
+        tree = json.loads(text.decode("utf-8"), object_pairs_hook=unique if once else None)
+        json.dumps(tree, ensure_ascii=False).encode()  # JSON can spell half a character, which no file can hold
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable JSON ({error}); fetch the file again") from error
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found a {type(tree).__name__}; fetch the file again")
     return tree
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    weight_map = read_json_object(path / INDEX).get("weight_map")
+    weight_map = read_json_object(path / INDEX, once=True).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{path / INDEX}: weight_map must map tensor names to file names; fetch the file again")
     if not weight_map:
         raise CheckpointError(f"{path / INDEX}: weight_map is empty; fetch the file again")
     for name in set(weight_map.values()):
-        if name != Path(name).name or name in (".", "..") or not name.endswith(".safetensors"):
+        if name != Path(name).name or name in (".", "..") or "\0" in name or not name.endswith(".safetensors"):
             raise UnsafeFileError(
                 f"{path / INDEX}: names the file {name!r}, expected a safetensors file beside it; do not trust it"
             )
