@@ -1,7 +1,7 @@
 """What becomes of one tensor, row by row: every way a patch changes a weight, with one rounding to the weight's dtype.
 
-A tensor is seen as (rows, columns): leading axes flattened, a vector as one row. Each edit is written twice: `rows` works in
-blocks and is what a port runs; `exact` is the formula over the whole tensor in float64, what `verify` compares with.
+A tensor is seen as (rows, columns): leading axes flattened, a vector as one row. Each edit is written twice: `rows`
+works in blocks and is what a port runs; `exact` is the formula over the whole tensor in float64, what `verify` compares with.
 Plain LoRA, the common case, is `portllm.algebra.lora.AddLora`.
 """
 
@@ -54,7 +54,7 @@ class Dora:
     """
 
     def __init__(self, a: Tensor, b: Tensor, scale: float, magnitude: Tensor, *, outputs: int) -> None:
-        """a (r, columns), b (rows, r), magnitude (outputs,); `outputs` is the axis of the outputs, 0 rows or 1 columns."""
+        """a (r, columns), b (rows, r), magnitude (outputs,); `outputs` is their axis: 0 the rows, 1 the columns."""
         self._a, self._b, self._magnitude = a.double(), b.double() * scale, magnitude.double().reshape(-1)
         self.surveys = outputs == 1
         self._squares = torch.zeros(a.shape[1], dtype=torch.float64)
@@ -77,8 +77,8 @@ class Dora:
         """The formula as it stands in the paper."""
         total = _given(old) + self._b @ self._a
         axis = 0 if self.surveys else 1
-        magnitude = self._magnitude.unsqueeze(axis)
-        return magnitude * total / torch.linalg.vector_norm(total, dim=axis, keepdim=True)
+        norm: Tensor = torch.linalg.vector_norm(total, dim=axis, keepdim=True)
+        return self._magnitude.unsqueeze(axis) * total / norm
 
     def _sum(self, old: Tensor, row: int, scratch: Scratch) -> Tensor:
         total = scratch.like(old, torch.float64).copy_(old)
@@ -92,11 +92,11 @@ class Replace(Plain):
         """`read(row, count)` gives the new rows (count, columns) in any floating dtype."""
         self._read = read
 
-    def rows(self, old: Tensor | None, row: int, out: Tensor, scratch: Scratch) -> float:
+    def rows(self, old: Tensor | None, row: int, out: Tensor, scratch: Scratch) -> float:  # noqa: ARG002
         """The new rows, rounded once where the dtypes differ."""
         return _put(out, self._read(row, len(out)))
 
-    def exact(self, old: Tensor | None) -> Tensor:
+    def exact(self, old: Tensor | None) -> Tensor:  # noqa: ARG002
         """The new tensor itself."""
         return self._read(0, -1).double()
 
@@ -108,7 +108,7 @@ class ReplaceRows(Plain):
         """`rows` maps a row's index to its new values (columns,)."""
         self._rows = rows
 
-    def rows(self, old: Tensor | None, row: int, out: Tensor, scratch: Scratch) -> float:
+    def rows(self, old: Tensor | None, row: int, out: Tensor, scratch: Scratch) -> float:  # noqa: ARG002
         """The old rows with the replaced ones among them."""
         out.copy_(_given(old))
         largest = 0.0
@@ -135,7 +135,7 @@ class AddVector(Plain):
         """`values` (n,) in any floating dtype."""
         self._step = values.double().reshape(1, -1) * scale
 
-    def rows(self, old: Tensor | None, row: int, out: Tensor, scratch: Scratch) -> float:
+    def rows(self, old: Tensor | None, row: int, out: Tensor, scratch: Scratch) -> float:  # noqa: ARG002
         """The one row there is."""
         return _put(out, _given(old).double() + self._step)
 

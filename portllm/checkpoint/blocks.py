@@ -112,7 +112,7 @@ def overlap(group: Sequence[Piece]) -> bool:
 
 
 class Shelf:
-    """The factors read last, kept while a layer's experts, which follow one another on disk, take theirs out of them."""
+    """The factors read last, kept while a layer's experts, which stand together on disk, take theirs out of them."""
 
     def __init__(self, kept: int = 8) -> None:
         self._tensors: OrderedDict[TensorEntry, Tensor] = OrderedDict()

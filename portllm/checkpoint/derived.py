@@ -1,23 +1,32 @@
 """Patches whose beginning was taken out of the base (PiSSA, OLoRA), turned into plain LoRA of twice the rank.
 
-Training started from B0 A0, made of the old base's weight, against W − s·B0 A0; so what the patch adds to a base nothing was
-taken out of is s·(B1 A1 − B0 A0) = s·[B1 −B0] [A1; A0]. B0 A0 is computed again from the old base.
+Training started from B0 A0, made of the old base's weight, against W − s·B0 A0; so what the patch adds to a base
+nothing was taken out of is s·(B1 A1 − B0 A0) = s·[B1 −B0] [A1; A0]. B0 A0 is computed again from the old base.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from portllm.checkpoint.blocks import LowRank
+from portllm.checkpoint.headers import TensorEntry
 from portllm.checkpoint.layout import Layout
 from portllm.checkpoint.pairs import LoraPair
 from portllm.checkpoint.patch import Patch
+from portllm.checkpoint.placing import laid_out
 from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.targets import Target, TargetFile
 from portllm.errors import ShapeError, UnmatchedModulesError, UnsupportedPatchError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from portllm.algebra.edits import Edit
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,8 @@ def _weight(module: str, pair: LoraPair, patch: Patch, old: Old) -> tuple[str, b
     parts = old.layout.parts.get(f"{module}.weight", ())
     if len(parts) != 1 or pair.kind != "linear" or pair.magnitude is not None:
         raise UnsupportedPatchError(
-            f"{module}: {patch.config.get('init_lora_weights')} is ported for linear modules without DoRA that are one tensor "
-            "on disk; convert the patch to plain LoRA with PEFT where it was trained"
+            f"{module}: {patch.config.get('init_lora_weights')} is ported for linear modules without DoRA that are one "
+            "tensor on disk; convert the patch to plain LoRA with PEFT where it was trained"
         )
     name = parts[0].tensor
     if name not in old.base.where:
@@ -62,3 +71,27 @@ def _weight(module: str, pair: LoraPair, patch: Patch, old: Old) -> tuple[str, b
         found, expected = ("×".join(map(str, s)) for s in (shape, pair.shape))
         raise ShapeError(f"{module}: patch is {expected}, old base tensor {name} is {found}; is it the one trained on?")
     return name, turned
+
+
+def converted(patch: Patch, old: Old, config: Mapping[str, Any], path: Path) -> tuple[TargetFile, dict[str, Any]]:
+    """(the patch as plain LoRA of twice the rank in fp32, to be written to `path`; its config), scaling unchanged."""
+    targets = []
+    for module, pair in patch.modules.items():
+        update = derived(module, pair, patch, old, 1.0)
+        shapes = (2 * pair.rank, pair.shape[1]), (pair.shape[0], 2 * pair.rank)
+        for side, (entry, shape) in enumerate(zip((pair.a_entry, pair.b_entry), shapes, strict=True)):
+            stored = TensorEntry(entry.name, "F32", shape, 0, 4 * shape[0] * shape[1])
+            targets.append(Target(stored, None, partial(_factor, update, side)))
+    tree = {**config, "init_lora_weights": True, "r": 2 * config["r"]}
+    growth = math.sqrt(2) if config.get("use_rslora") else 2
+    tree["lora_alpha"] = growth * config["lora_alpha"]
+    tree["rank_pattern"] = {key: 2 * rank for key, rank in (config.get("rank_pattern") or {}).items()}
+    tree["alpha_pattern"] = {key: growth * alpha for key, alpha in (config.get("alpha_pattern") or {}).items()}
+    return laid_out(targets, patch.header.metadata, path), tree
+
+
+def _factor(update: LowRank, side: int) -> Edit:
+    from portllm.algebra.edits import Replace
+
+    factor = update.factors()[side].contiguous()
+    return Replace(lambda row, count: factor[row : row + count] if count >= 0 else factor)

@@ -1,7 +1,7 @@
 """Where a model's parameters are on disk: the names in memory (transformers', PEFT's) beside those in the files.
 
-For most architectures the two are the same, and `plain` needs no library to say so. Where transformers renames, fuses or
-splits tensors on loading, `portllm.lm.layout` asks transformers itself and fills the same objects.
+For most architectures the two are the same, and `plain` needs no library to say so. Where transformers renames, fuses
+or splits tensors on loading, `portllm.lm.layout` asks transformers itself and fills the same objects.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Kind = Literal["linear", "conv1d", "embedding", "other"]
 class Part:
     """A block of one tensor on disk that is a block of one parameter in memory.
 
-    parameter[at] equals tensor[of], its last two axes swapped where `transposed`. `at` indexes the parameter: an int drops
-    that axis (an expert), a pair is [start, stop). `of` indexes the tensor on disk, pairs only.
+    parameter[at] equals tensor[of], its last two axes swapped where `transposed`. `at` indexes the parameter: an int
+    drops that axis (an expert), a pair is [start, stop). `of` indexes the tensor on disk, pairs only.
     """
 
     tensor: str
@@ -34,7 +34,7 @@ class Part:
 class Module:
     """A module of the model in memory that holds parameters of its own: its kind and their names and shapes.
 
-    `transposed` is transformers' `is_transposed` of fused experts: a weight is (experts, in, out), not (experts, out, in).
+    `transposed` is transformers' `is_transposed` of fused experts: a weight is (experts, in, out), not the other way.
     """
 
     kind: Kind
@@ -77,7 +77,7 @@ HEAD = "lm_head"
 
 
 def plain(base: Checkpoint) -> Layout:
-    """The layout of a checkpoint whose names on disk are those in memory, but for the few exceptions above. Pure look-up."""
+    """The layout of a checkpoint whose names on disk are those in memory, but for the few exceptions above."""
     kind = str(base.config.get("model_type"))
     prefix = PREFIX.get(kind, "")
     if any(name.startswith(prefix) for name in base.where):

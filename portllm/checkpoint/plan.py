@@ -1,112 +1,102 @@
-"""Which patch module changes which checkpoint tensor: decided from headers alone, whole, before anything is written."""
+"""What a port will write: which tensor of the checkpoint changes, how, and by which tensors of the patch.
+
+Decided from headers alone, whole, before anything is written; every tensor of the patch is used exactly once, or the
+plan fails. The law: the planned checkpoint computes what PEFT's unmerged adapter computes on the same base.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.headers import TensorEntry
-from portllm.checkpoint.patch import LoraPair, Patch
+from portllm.checkpoint.headers import BITS, Header, TensorEntry
+from portllm.checkpoint.layout import Layout
+from portllm.checkpoint.placing import laid_out, plain_file
 from portllm.checkpoint.reader import Checkpoint, equal_values
-from portllm.errors import CheckpointError, ShapeError, UnmatchedModulesError, UnsupportedPatchError
+from portllm.checkpoint.targets import Target, TargetFile
+from portllm.errors import CheckpointError, ShapeError, UnsupportedPatchError
+
+if TYPE_CHECKING:
+    from portllm.algebra.edits import Edit
+    from portllm.checkpoint.patch import Patch
 
 DTYPES = ("F32", "BF16", "F16")
-
-# transformers' Conv1D keeps its weight as (in, out); these are the model types and modules that use it
-CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
-CONV1D_MODULES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
-
-# names in memory that differ on disk, per model type (transformers' conversion mapping)
-RENAMED = {"gpt_neox": {"lm_head": "embed_out"}}
-
-# published without their language-model class: transformers adds the prefix when no tensor has it
-BASE_PREFIX = {"gpt2": "transformer."}
-
-HEADS = frozenset({"lm_head", "embed_out"})
-# model types whose class unties the head when config.json does not say
-UNTIED_BY_DEFAULT = frozenset({
-    "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi", "phi3", "olmo2", "granite", "stablelm",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Change:
-    """One checkpoint tensor and the update it gets; `transposed` where the tensor is stored as (in, out)."""
+    """One tensor of the written checkpoint that is not the base's own.
 
-    entry: TensorEntry
-    pair: LoraPair
-    transposed: bool
+    `origin` is the base's tensor read alongside, of the same shape; None where the patch alone makes the tensor. Where
+    there is no `edit`, the origin's values are taken under the new name. `what` and `sources` (the patch's tensors) are
+    for people.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    origin: str | None
+    edit: Callable[[], Edit] | None
+    what: str
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every change, by tensor name, and how many of the base's linear modules that is."""
+    """Every change by tensor name; how many of the base's modules that is; and what config.json must say afterwards."""
 
     changes: Mapping[str, Change]
     matched: int
     total: int
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensors(self, base: Checkpoint) -> dict[str, int]:
+        """How many tensors of the written checkpoint are changed and how many copied."""
+        names = set(base.where) | set(self.changes)
+        return {"changed": len(self.changes), "copied": len(names) - len(self.changes)}
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One row for people per change: tensor, dtype, shape, what happens, from which tensors of the patch."""
+        for name, change in sorted(self.changes.items()):
+            shape = [change.dtype, "×".join(map(str, change.shape))]
+            yield {"tensor": name, "dtype": shape[0], "shape": shape[1], "change": change.what, "from": change.sources}
+
+    def reshapes(self, base: Checkpoint) -> bool:
+        """Whether a tensor is added or changes its size, so that headers and the index must be written anew."""
+        return any(n not in base.where or c.shape != base.shape(n) for n, c in self.changes.items())
+
+    def files(self, base: Checkpoint, folder: Path) -> list[TargetFile]:
+        """The files to write into `folder`: the base's own, laid out anew only where a tensor was added or grew."""
+        added: dict[Path, list[Change]] = {}
+        for name, change in self.changes.items():
+            if name not in base.where:
+                home = base.shards[-1] if change.origin is None else base.where[change.origin]
+                added.setdefault(home.path, []).append(change)
+        return [self._file(base, shard, folder / shard.path.name, added.get(shard.path, [])) for shard in base.shards]
+
+    def _file(self, base: Checkpoint, shard: Header, path: Path, added: list[Change]) -> TargetFile:
+        own = {name: self.changes[name] for name in shard.tensors if name in self.changes}
+        moved = any(c.shape != shard.tensors[n].shape or c.origin != n for n, c in own.items())
+        if not added and not moved:
+            return plain_file(shard, path, {name: change.edit for name, change in own.items() if change.edit})
+        kept = [Target(entry, (shard, entry)) for name, entry in shard.tensors.items() if name not in own]
+        new = [_target(change, base) for change in (*own.values(), *added)]
+        return laid_out([*kept, *new], shard.metadata, path)
 
 
-def make_plan(patch: Patch, base: Checkpoint) -> Plan:
-    """Match every module of `patch` to a tensor of `base`. Reads nothing but headers.
-
-    Raises CheckpointError (quantised base), UnmatchedModulesError, ShapeError, each naming what does not fit.
-    """
-    refuse_quantised(base)
-    names = {module: tensor_name(module, base) for module in patch.modules}
-    if missing := [module for module, name in names.items() if name not in base.where]:
-        raise UnmatchedModulesError(_unmatched(missing, patch, base))
-    changes: dict[str, Change] = {}
-    for module, name in names.items():
-        if name in changes:
-            raise UnmatchedModulesError(
-                f"{module} and {changes[name].pair.module} are both {name} of {base.path}; expected one update each"
-            )
-        _refuse_tied_head(module, name, base)
-        changes[name] = _change(patch, module, base.entry(name), base)
-    return Plan(changes, len(changes), len(linears(base) | set(changes)))
+def _target(change: Change, base: Checkpoint) -> Target:
+    origin = (base.where[change.origin], base.entry(change.origin)) if change.origin is not None else None
+    length = BITS[change.dtype] // 8
+    for n in change.shape:
+        length *= n
+    return Target(TensorEntry(change.name, change.dtype, change.shape, 0, length), origin, change.edit)
 
 
-def check_saved(patch: Patch, base: Checkpoint, source: Checkpoint | None) -> None:
-    """Prove that the base weights saved with the patch are copies: of `base`'s, or of `source`'s, the old base.
-
-    PEFT overwrites the base with them on loading; a port must not. Raises ShapeError, UnsupportedPatchError.
-    """
-    for module, entry in patch.saved.items():
-        name = tensor_name(module, base)
-        if entry.shape != base.shape(name):
-            raise ShapeError(
-                f"{module}: the patch carries a base weight of {_times(entry.shape)}, {base.path} has "
-                f"{_times(base.shape(name))}; a grown vocabulary is not supported yet"
-            )
-        origins = [c for c in (base, source) if c is not None and name in c.where]
-        if not any(equal_values((patch.header.path, entry), (c.where[name].path, c.entry(name))) for c in origins):
-            hint = (
-                "is this the base it was trained on?" if source is not None else "pass that base as --from to prove it"
-            )
-            raise UnsupportedPatchError(
-                f"{patch.header.path}: {entry.name} is a base weight saved with the patch (save_embedding_layers); "
-                f"expected a copy of the old base's, found another; {hint}"
-            )
-
-
-def tensor_name(module: str, base: Checkpoint) -> str:
-    """The checkpoint tensor that holds the weight of `module`."""
-    name = f"{module}.weight"
-    if name in base.where:
-        return name
-    kind = str(base.config.get("model_type"))
-    prefix = BASE_PREFIX.get(kind)
-    if prefix and not any(known.startswith(prefix) for known in base.where):
-        return name.removeprefix(prefix)
-    return f"{RENAMED.get(kind, {}).get(module, module)}.weight"
-
-
-def linears(base: Checkpoint) -> set[str]:
-    """Names of the base's linear weights: two-dimensional `*.weight` tensors that are no embedding tables."""
-    return {
-        name for name in base.where if name.endswith(".weight") and len(base.shape(name)) == 2 and not _embedding(name)
-    }
+def linears(layout: Layout) -> set[str]:
+    """Names of the base's linear modules (transformers' Conv1D included)."""
+    return {name for name, module in layout.modules.items() if module.kind in ("linear", "conv1d")}
 
 
 def refuse_quantised(base: Checkpoint) -> None:
@@ -120,64 +110,36 @@ def refuse_quantised(base: Checkpoint) -> None:
         )
 
 
-def _change(patch: Patch, module: str, entry: TensorEntry, base: Checkpoint) -> Change:
-    pair = patch.modules[module]
-    if entry.dtype not in DTYPES:
-        raise CheckpointError(
-            f"{base.path}: {entry.name} has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}; "
-            "port onto the release in floating point"
-        )
-    transposed = _is_conv1d(module, base)
-    expected = pair.shape[::-1] if transposed else pair.shape
-    if entry.shape != expected:
-        raise ShapeError(
-            f"{module}: patch is {_times(expected)}, base tensor {entry.name} is {_times(entry.shape)}; "
-            "is this a release of the base the patch was trained on?"
-        )
-    if patch.fan_in_fan_out and not transposed and entry.shape[0] == entry.shape[1] and not _plain(base):
-        raise ShapeError(
-            f"{module}: the patch says fan_in_fan_out and the base tensor is square, so its layout cannot be told; "
-            f"expected a known model_type, found {base.config.get('model_type')!r}"
-        )
-    return Change(entry, pair, transposed)
+def check_saved(patch: Patch, layout: Layout, base: Checkpoint, old: Checkpoint | None) -> None:
+    """Prove that the base weights saved with the patch are copies: of `base`'s, or of `old`'s, the one it was made on.
+
+    PEFT overwrites the base with them on loading; a port must not. Raises ShapeError, UnsupportedPatchError.
+    """
+    for parameter, entry in patch.saved.items():
+        name = disk_tensor(f"{parameter}.weight", layout)
+        if name is None or entry.shape != base.shape(name):
+            found = "no such weight" if name is None else times(base.shape(name))
+            raise ShapeError(
+                f"{parameter}: the patch carries a base weight of {times(entry.shape)}, {base.path} has {found}; "
+                "is this a release of the base it was trained on?"
+            )
+        origins = [c for c in (base, old) if c is not None and name in c.where]
+        if not any(equal_values((patch.header.path, entry), (c.where[name].path, c.entry(name))) for c in origins):
+            hint = "is this the base it was trained on?" if old is not None else "pass that base as --from to prove it"
+            raise UnsupportedPatchError(
+                f"{patch.header.path}: {entry.name} is a base weight saved with the patch (save_embedding_layers); "
+                f"expected a copy of the old base's, found another; {hint}"
+            )
 
 
-def _is_conv1d(module: str, base: Checkpoint) -> bool:
-    return base.config.get("model_type") in CONV1D_TYPES and module.rpartition(".")[2] in CONV1D_MODULES
+def disk_tensor(parameter: str, layout: Layout) -> str | None:
+    """The tensor on disk that is this parameter whole, or the one it is tied to; None where there is no single one."""
+    parts = layout.parts.get(layout.tied.get(parameter, parameter), ())
+    if len(parts) == 1 and not parts[0].transposed and all(isinstance(axis, tuple) for axis in parts[0].at):
+        return parts[0].tensor
+    return None
 
 
-def _plain(base: Checkpoint) -> bool:
-    return base.config.get("model_type") in UNTIED_BY_DEFAULT | CONV1D_TYPES
-
-
-def _refuse_tied_head(module: str, name: str, base: Checkpoint) -> None:
-    head = module.rpartition(".")[2] in HEADS or base.shape(name)[:1] == (base.config.get("vocab_size"),)
-    tied = base.config.get("tie_word_embeddings")
-    if tied is None:
-        tied = base.config.get("model_type") not in UNTIED_BY_DEFAULT
-    if head and tied:
-        raise UnmatchedModulesError(
-            f"{module}: the base ties its head to the input embedding (tie_word_embeddings), so an update of one "
-            "would change both; expected an untied head. Not supported yet: train the patch without it"
-        )
-
-
-def _unmatched(missing: list[str], patch: Patch, base: Checkpoint) -> str:
-    some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-    if (
-        any(module.rpartition(".")[2] in HEADS for module in missing)
-        and base.config.get("tie_word_embeddings") is not False
-    ):
-        hint = "a tied output head is not on disk and is not supported yet: train the patch without it"
-    else:
-        hint = "is this a release of the base the patch was trained on?"
-    return f"{len(missing)} of the patch's {len(patch.modules)} modules are not in {base.path}: {some}; {hint}"
-
-
-def _embedding(name: str) -> bool:
-    leaf = name.removesuffix(".weight").rpartition(".")[2]
-    return leaf not in HEADS and ("embed" in leaf or leaf in ("wte", "wpe", "shared", "relative_attention_bias"))
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape))
+def times(shape: tuple[int, ...]) -> str:
+    """A shape for people: 64×32."""
+    return "×".join(map(str, shape)) or "a scalar"

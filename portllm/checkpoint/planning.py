@@ -1,8 +1,9 @@
 """Making the plan: every part of a patch finds its place in the base, or is refused by name.
 
-Names in the patch are those of the model in memory when it was trained; the layout says where each is on disk. Names that
-are not in memory any more but are on disk (experts that newer transformers fuse) are taken as they stand there.
-Tied weights: an update of one side unties them, so that the other stays what it was; with ensure_weight_tying both change.
+Names in the patch are those of the model in memory when it was trained; the layout says where each is on disk. Names
+that are not in memory any more but are on disk (experts that newer transformers fuse) are taken as they stand there.
+Tied weights: an update of one side unties them, so that the other stays what it was, unless both change alike
+(ensure_weight_tying).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.adapter_config import targeted
 from portllm.checkpoint.blocks import LowRank, Piece, Shelf, of_expert, of_pair, overlap, pieces
 from portllm.checkpoint.derived import Old as Old
 from portllm.checkpoint.derived import derived
@@ -75,8 +75,13 @@ class _Planner:
 
     def _pair(self, module: str, pair: LoraPair) -> None:
         parameter = f"{module}.weight"
-        self.modules.add(module)
+        self.modules.add(self._in_memory(module))
         parts, shape = self._place(parameter)
+        if self.patch.fan_in_fan_out and self.base.config.get("auto_map"):
+            raise UnsupportedPatchError(
+                f"{module}: the patch says fan_in_fan_out and the base runs code of its own (auto_map), so its layout "
+                "cannot be told; expected a model_type that transformers has built in"
+            )
         update = self._update(module, pair)
         if self._kind(module) == "conv1d":
             update = update.turned()
@@ -97,8 +102,8 @@ class _Planner:
             return of_pair(pair, self.scale)
         if self.old is None:
             raise UnsupportedPatchError(
-                f"{self.patch.path}: init_lora_weights={self.patch.config.get('init_lora_weights')} took a part out of the "
-                "base it was trained on, expected that base to compute it again; pass it as --from"
+                f"{self.patch.path}: init_lora_weights={self.patch.config.get('init_lora_weights')} took a part out of "
+                "the base it was trained on, expected that base to compute it again; pass it as --from"
             )
         return derived(module, pair, self.patch, self.old, self.scale)
 
@@ -132,7 +137,8 @@ class _Planner:
             )
         if self._shape(name) != pair.bias.shape:
             raise ShapeError(
-                f"{module}: the patch's bias is {times(pair.bias.shape)}, the base's {times(self._shape(name))}; {RELEASE}"
+                f"{module}: the patch's bias is {times(pair.bias.shape)}, the base's {times(self._shape(name))}; "
+                f"{RELEASE}"
             )
 
         def edit() -> Edit:
@@ -143,6 +149,8 @@ class _Planner:
         self._change(name, edit, "b + s·b_B", (pair.bias.name,))
 
     def _stack(self, owner: str, stack: tuple[LoraPair, ...]) -> None:
+        from portllm.checkpoint.adapter_config import targeted
+
         known = self.layout.modules.get(owner)
         if known is None:
             raise UnmatchedModulesError(f"{owner}: {self.base.path} has no such module; {RELEASE}")
@@ -192,7 +200,9 @@ class _Planner:
         parts, shape = self._place(parameter)
         tensor = self._single(parameter, parts, "a module saved whole")
         if parts[0].transposed:
-            raise UnsupportedPatchError(f"{parameter}: is stored transposed, and a module saved whole is not; train LoRA")
+            raise UnsupportedPatchError(
+                f"{parameter}: is stored transposed, and a module saved whole is not; train LoRA"
+            )
         if entry.shape != shape:
             self._grow(parameter, entry, shape)
         grown = entry.shape != shape
@@ -232,7 +242,9 @@ class _Planner:
     def _new_head(self, parameter: str, entry: TensorEntry) -> None:
         """The head of a classifier on a base that has none yet: a tensor and what config.json needs to load it."""
         architecture = str((self.base.config.get("architectures") or [""])[0])
-        stem = next((architecture.removesuffix(s) for s in ("ForCausalLM", "LMHeadModel") if architecture.endswith(s)), "")
+        stem = next(
+            (architecture.removesuffix(s) for s in ("ForCausalLM", "LMHeadModel") if architecture.endswith(s)), ""
+        )
         if not stem or parameter.rpartition(".")[2] != "weight" or len(entry.shape) != 2:
             raise UnsupportedPatchError(
                 f"{parameter}: {self.base.path} is a {architecture or 'model of unknown class'} without that head; "
@@ -247,7 +259,7 @@ class _Planner:
         self.changes[parameter] = change
 
     def _tokens(self, module: str, tokens: TokenRows) -> None:
-        self.modules.add(module)
+        self.modules.add(self._in_memory(module))
         parts, shape = self._place(f"{module}.weight")
         tensor = self._single(module, parts, "trainable_token_indices")
         if tokens.indices and max(tokens.indices) >= shape[0] or tokens.entry.shape != (len(tokens.indices), shape[1]):
@@ -292,7 +304,9 @@ class _Planner:
             )
         own = self.changes.pop(above, None)
         if own is not None and own.shape != self.changes[below].shape:
-            raise ShapeError(f"{head}: is {times(own.shape)} in the patch, the embedding it is tied to is not; {RELEASE}")
+            raise ShapeError(
+                f"{head}: is {times(own.shape)} in the patch, the embedding it is tied to is not; {RELEASE}"
+            )
         if above in self.base.where:
             change = self.changes[below]
             self.changes[above] = Change(above, change.dtype, change.shape, change.origin, change.edit, change.what)
@@ -312,8 +326,8 @@ class _Planner:
         rows = {name: self.changes[name].shape for name in (above, below) if name in self.changes}
         if len({shape[0] for shape in rows.values()} | {self._rows_of(below, rows)}) > 1:
             raise ShapeError(
-                f"{head}: has {self.changes[above].shape[0]} rows, the embedding {self._rows_of(below, rows)}; expected one "
-                "vocabulary, save both sides with the patch (modules_to_save)"
+                f"{head}: has {self.changes[above].shape[0]} rows, the embedding {self._rows_of(below, rows)}; expected "
+                "one vocabulary, save both sides with the patch (modules_to_save)"
             )
 
     def _rows_of(self, tensor: str, changed: Mapping[str, tuple[int, ...]]) -> int:
@@ -332,8 +346,8 @@ class _Planner:
             return (whole(self._head_tensor(parameter), shape),), shape
         if parameter in self.layout.opaque:
             raise UnsupportedPatchError(
-                f"{parameter}: is stored {self.layout.opaque[parameter]} in {self.base.path}, which portllm does not port; "
-                "train the patch without it"
+                f"{parameter}: is stored {self.layout.opaque[parameter]} in {self.base.path}, which portllm does not "
+                "port; train the patch without it"
             )
         if parameter in self.layout.parts:
             module, _, leaf = parameter.rpartition(".")
@@ -361,18 +375,26 @@ class _Planner:
 
     def _refuse_scale(self) -> None:
         patch = self.patch
-        whole = [*patch.replaced, *patch.tokens, *(m for m, pair in patch.modules.items() if pair.magnitude is not None)]
+        whole = [
+            *patch.replaced,
+            *patch.tokens,
+            *(m for m, pair in patch.modules.items() if pair.magnitude is not None),
+        ]
         if self.scale != 1.0 and whole:
             raise ParamsError(
-                f"port.scale is {self.scale:g}, but {whole[0]} is replaced or renormalised (modules_to_save, trained tokens or "
-                "biases, DoRA), which has no scale; expected 1"
+                f"port.scale is {self.scale:g}, but {whole[0]} is replaced or renormalised (modules_to_save, trained tokens "
+                "or biases, DoRA), which has no scale; expected 1"
             )
 
     def _kind(self, module: str) -> str:
-        if module not in self.layout.modules:
-            module = self.memory.get(f"{module}.weight", "").rpartition(".")[0]
-        known = self.layout.modules.get(module)
+        known = self.layout.modules.get(self._in_memory(module))
         return known.kind if known is not None and known.kind != "other" else "linear"
+
+    def _in_memory(self, module: str) -> str:
+        """The module's name in memory, where the patch has it by that of its tensor on disk."""
+        if module in self.layout.modules:
+            return module
+        return self.memory.get(f"{module}.weight", f"{module}.").rpartition(".")[0]
 
     def _single(self, name: str, parts: tuple[Part, ...], what: str) -> str:
         if len(parts) != 1 or parts[0].of != tuple((0, n) for n in self._shape(parts[0].tensor)):
@@ -400,7 +422,7 @@ class _Planner:
             )
         if tensor in self.changes:
             raise UnsupportedPatchError(
-                f"{tensor}: is changed by {self.changes[tensor].sources[0]} and by {sources[0]}; expected one kind of change"
+                f"{tensor}: is changed by {self.changes[tensor].sources[0]} and by {sources[0]}; expected one change"
             )
         self.changes[tensor] = Change(
             tensor, entry.dtype, shape or entry.shape, origin if reads else None, edit, what, sources

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Target:
     """One tensor of a written file.
 
-    `entry` names it and says where it will stand. `origin` is the base's tensor (its file and its entry there) that is read
-    alongside, of the same dtype and shape, or None where the edit makes the tensor from the patch alone. Without
+    `entry` names it and says where it will stand. `origin` is the base's tensor (its file and its entry there) that is
+    read alongside, of the same dtype and shape, or None where the edit makes the tensor from the patch alone. Without
     `edit` the origin's bytes are taken as they are. `edit()` reads the patch's factors, so it is called late, once.
     """
 

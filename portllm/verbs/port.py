@@ -10,25 +10,26 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from portllm.checkpoint import fingerprint, provenance
 from portllm.checkpoint.card import port_card
+from portllm.checkpoint.derived import Old, converted
 from portllm.checkpoint.files import companions, tokenizer_files
-from portllm.checkpoint.headers import Header, TensorEntry
+from portllm.checkpoint.headers import TensorEntry
 from portllm.checkpoint.output import refuse, staged
 from portllm.checkpoint.patch import CONFIG, WEIGHTS, Patch
-from portllm.checkpoint.plan import Change, Plan, check_saved, make_plan
-from portllm.checkpoint.reader import INDEX, Checkpoint
+from portllm.checkpoint.placing import nbytes
+from portllm.checkpoint.plan import Plan, check_saved
+from portllm.checkpoint.planning import make_plan
+from portllm.checkpoint.reader import INDEX, Checkpoint, check_finite, read_json_object
 from portllm.checkpoint.records import PortRecord, Source
-from portllm.checkpoint.writer import Job, Meter, copy_file, plain_file, write_files, write_subset
+from portllm.checkpoint.targets import TargetFile
+from portllm.checkpoint.writer import Job, Meter, Written, copy_file, write_files, write_subset
 from portllm.errors import OutputError, ParamsError, PatchError
+from portllm.lm.naming import layout_of
 from portllm.params import PortParams
-
-if TYPE_CHECKING:
-    from portllm.algebra.edits import Edit
 
 Progress = Callable[[int, int], None]
 MARGIN_BYTES = 16 << 20  # records, card, directory entries
@@ -44,11 +45,13 @@ def run(
     force: bool = False,
     dry_run: bool = False,
     on_progress: Progress | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
 ) -> PortRecord:
     """Port `patch` onto `onto`; `source` is the base it was trained on, if at hand. Returns port.json's record.
 
-    With `dry_run` everything is checked from headers and nothing is written. `on_progress(bytes done, bytes in all)`.
-    Raises PatchError, CheckpointError or OutputError; then nothing is written.
+    With `dry_run` everything is checked from headers and nothing is written. `on_plan` is given the plan before that,
+    `on_progress(bytes done, bytes in all)` is called as it is carried out. Raises PatchError, CheckpointError or
+    OutputError; then nothing is written.
     """
     if not math.isfinite(params.scale):
         raise ParamsError(f"port.scale must be a finite number, found {params.scale}")
@@ -56,11 +59,13 @@ def run(
     if not dry_run:
         refuse(out, force=force, inputs=inputs)  # at once, not after reading for minutes
     lora, base = Patch.open(patch), Checkpoint.open(onto)
-    plan = make_plan(lora, base)
-    for pair in lora.modules.values():
-        _ = pair.a, pair.b  # reading refuses what is not finite, before anything is written
+    old = _old(source)
+    layout = layout_of(base)
+    plan = make_plan(lora, base, layout, scale=params.scale, old=old)
+    for entry in lora.header.tensors.values():
+        check_finite(lora.header.path, entry)  # before anything is written
     trained_on = _trained_on(lora, source)
-    check_saved(lora, base, Checkpoint.open(source) if source is not None else None)
+    check_saved(lora, layout, base, old.base if old else None)
     record = PortRecord(
         base=Source(name=provenance.public_name(onto), fingerprint=None, revision=provenance.revision(onto)),
         patch=Source(
@@ -74,19 +79,30 @@ def run(
         output=params.as_,
         scale=params.scale,
         modules={"matched": plan.matched, "total": plan.total},
-        tensors={"changed": plan.matched, "copied": len(base.where) - plan.matched},
+        tensors=plan.tensors(base),
         versions=provenance.versions("torch"),
     )
+    if on_plan is not None:
+        on_plan(plan)
     if dry_run:
         return record
     with staged(out, force=force, inputs=inputs) as folder:
-        write = _write_merged if params.as_ == "merged" else _write_adapter
-        record = write(folder, lora, base, plan, record, on_progress)
+        if params.as_ == "merged":
+            record = _write_merged(folder, lora, base, plan, record, on_progress)
+        else:
+            record = _write_adapter(folder, lora, base, old, record, on_progress)
         (folder / "README.md").write_text(port_card(record), encoding="utf-8")
         files = {**record.files, "README.md": fingerprint.file_digest(folder / "README.md")}
         record = dataclasses.replace(record, files=dict(sorted(files.items())))
         record.write(folder)
     return record
+
+
+def _old(source: Path | None) -> Old | None:
+    if source is None:
+        return None
+    base = Checkpoint.open(source)
+    return Old(base, layout_of(base))
 
 
 def _trained_on(patch: Patch, source: Path | None) -> Source | None:
@@ -117,59 +133,82 @@ def _write_merged(
     folder: Path, patch: Patch, base: Checkpoint, plan: Plan, record: PortRecord, on_progress: Progress | None
 ) -> PortRecord:
     """Write the checkpoint's files into `folder`; returns the record with fingerprints and digests filled in."""
-    extras = companions(base.path, patch.path)
-    if (index := base.path / INDEX).is_file():
+    targets = plan.files(base, folder)
+    own = _own_files(base, plan, targets)
+    extras = {name: path for name, path in companions(base.path, patch.path).items() if name not in own}
+    if (index := base.path / INDEX).is_file() and INDEX not in own:
         extras[INDEX] = index
-    meter = Meter(base.nbytes + sum(path.stat().st_size for path in extras.values()), on_progress)
+    meter = Meter(sum(map(nbytes, targets)) + sum(path.stat().st_size for path in extras.values()), on_progress)
     _check_space(folder, meter.total)
     files = {name: copy_file(path, _under(folder, name), meter) for name, path in extras.items()}
-    shards = {folder / shard.path.name: shard for shard in base.shards}
-    known = {e: digest for s in base.shards for e, digest in _known(s)}
-    edits = {name: partial(_lora, change, record.scale) for name, change in plan.changes.items()}
-    written = write_files([plain_file(shard, path, edits) for path, shard in shards.items()], Job(known, meter))
-    before: dict[TensorEntry, str] = {}
-    after: dict[TensorEntry, str] = {}
-    for target, result in written.items():
-        files[target.name] = result.sha256
-        before.update(result.before)
-        after.update(result.after)
-        source = result.sources.get(shards[target].path, [])
-        fingerprint.remember(shards[target], {e.name: digest for e, digest in result.before.items()}, source)
+    for name, text in own.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        files[name] = fingerprint.file_digest(folder / name)
+    written = write_files(targets, Job(_known(base), meter))
+    files.update({path.name: result.sha256 for path, result in written.items()})
+    after = {entry: digest for result in written.values() for entry, digest in result.after.items()}
     return dataclasses.replace(
         record,
-        base=dataclasses.replace(record.base, fingerprint=fingerprint.combine(before)),
+        base=dataclasses.replace(record.base, fingerprint=_base_fingerprint(base, written)),
         fingerprint=fingerprint.combine(after),
         files=files,
     )
 
 
-def _lora(change: Change, scale: float) -> Edit:
-    from portllm.algebra.lora import AddLora, Block, Update
+def _base_fingerprint(base: Checkpoint, written: Mapping[Path, Written]) -> str:
+    """The base's fingerprint out of the digests taken while its tensors passed; they are kept for the next time."""
+    before = {entry: digest for result in written.values() for entry, digest in result.before.items()}
+    sources = {path: was for result in written.values() for path, was in result.sources.items()}
+    for shard in base.shards:
+        if shard.path in sources and all(entry in before for entry in shard.tensors.values()):
+            known = {name: before[entry] for name, entry in shard.tensors.items()}
+            fingerprint.remember(shard, known, sources[shard.path])
+        else:  # a tensor whose place the patch's took was not read
+            before.update(fingerprint.digests([shard]))
+    return fingerprint.combine({entry: before[entry] for shard in base.shards for entry in shard.tensors.values()})
 
-    pair = change.pair
-    a, b = (pair.b.T, pair.a.T) if change.transposed else (pair.a, pair.b)  # (B A)ᵀ = Aᵀ Bᵀ
-    return AddLora(Block(Update(a, b, scale * pair.scaling)))
+
+def _own_files(base: Checkpoint, plan: Plan, targets: list[TargetFile]) -> dict[str, str]:
+    """config.json and the index, where the plan changes what they say."""
+    own: dict[str, str] = {}
+    if plan.config:
+        own["config.json"] = json.dumps({**base.config, **plan.config}, indent=2, ensure_ascii=False) + "\n"
+    if plan.reshapes(base) and (base.path / INDEX).is_file():
+        tree = read_json_object(base.path / INDEX)
+        entries = {t.entry.name: (t.entry, file.path.name) for file in targets for t in file.targets}
+        metadata = tree.get("metadata")
+        tree["metadata"] = dict(metadata) if isinstance(metadata, dict) else {}
+        tree["metadata"]["total_size"] = sum(entry.nbytes for entry, _ in entries.values())
+        if "total_parameters" in tree["metadata"]:
+            tree["metadata"]["total_parameters"] = sum(math.prod(entry.shape) for entry, _ in entries.values())
+        tree["weight_map"] = {name: file for name, (_, file) in sorted(entries.items())}
+        own[INDEX] = json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
+    return own
 
 
 def _write_adapter(
-    folder: Path, patch: Patch, base: Checkpoint, plan: Plan, record: PortRecord, on_progress: Progress | None
+    folder: Path, patch: Patch, base: Checkpoint, old: Old | None, record: PortRecord, on_progress: Progress | None
 ) -> PortRecord:
     """Write the patch, re-targeted to the base, into `folder`; returns the record with what it lacked."""
     extras = tokenizer_files(patch.path)
-    meter = Meter(patch.header.size + sum(path.stat().st_size for path in extras.values()), on_progress)
-    _check_space(folder, meter.total)
-    files = {name: copy_file(path, _under(folder, name), meter) for name, path in extras.items()}
     # base weights saved with the patch stay behind: PEFT would put them over the new base's
-    factors = patch.header.tensors.keys() - {entry.name for entry in patch.saved.values()}
-    files[WEIGHTS] = write_subset(patch.header, factors, folder / WEIGHTS, meter)
+    names = patch.header.tensors.keys() - {entry.name for entry in patch.saved.values()}
+    meter = Meter(patch.header.size + sum(path.stat().st_size for path in extras.values()), on_progress)
+    _check_space(folder, 2 * meter.total)
+    files = {name: copy_file(path, _under(folder, name), meter) for name, path in extras.items()}
     config = _retargeted(patch.config, record.base.name, record.scale)
+    if patch.init == "plain" or old is None:
+        files[WEIGHTS] = write_subset(patch.header, names, folder / WEIGHTS, meter)
+    else:
+        file, config = converted(patch, old, config, folder / WEIGHTS)
+        files[WEIGHTS] = write_files([file], Job({}, meter))[file.path].sha256
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     files[CONFIG] = fingerprint.file_digest(folder / CONFIG)
     return dataclasses.replace(
         record,
         base=dataclasses.replace(record.base, fingerprint=fingerprint.fingerprint(base.path)),
         fingerprint=fingerprint.fingerprint(folder),
-        tensors={"changed": 0, "copied": 2 * plan.matched},
+        tensors={"changed": 0, "copied": len(names)},
         files=files,
     )
 
@@ -184,9 +223,13 @@ def _retargeted(config: Mapping[str, Any], name: str, scale: float) -> dict[str,
     return tree
 
 
-def _known(shard: Header) -> list[tuple[TensorEntry, str]]:
-    known = fingerprint.cached(shard) or {}
-    return [(shard.tensors[name], digest) for name, digest in known.items()]
+def _known(base: Checkpoint) -> dict[TensorEntry, str]:
+    """Digests of the base's tensors, of the files the cache knows."""
+    return {
+        shard.tensors[name]: digest
+        for shard in base.shards
+        for name, digest in (fingerprint.cached(shard) or {}).items()
+    }
 
 
 def _under(folder: Path, name: str) -> Path:

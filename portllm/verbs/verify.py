@@ -20,6 +20,7 @@ from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.records import PortRecord, Source
 from portllm.checkpoint.writer import Meter
 from portllm.errors import ParamsError, VerificationError
+from portllm.lm.naming import layout_of
 
 Progress = Callable[[int, int], None]
 
@@ -117,7 +118,7 @@ class _Inputs:
     def open(cls, manifest: Manifest, onto: Path, patch: Path, source: Path | None) -> _Inputs:
         base, lora = Checkpoint.open(onto), Patch.open(patch)
         old = Checkpoint.open(source) if source is not None else None
-        plan = make_plan(lora, base, scale=manifest.record.scale, old=_old(old))
+        plan = make_plan(lora, base, layout_of(base), scale=manifest.record.scale, old=_old(old))
         if manifest.record.output == "merged":
             return cls(manifest, base, lora, source, Merged(Checkpoint.open(manifest.folder), base, plan))
         return cls(manifest, base, lora, source, Adapter(Patch.open(manifest.folder), lora, manifest.record))
@@ -158,6 +159,4 @@ class _Inputs:
 
 
 def _old(base: Checkpoint | None) -> Old | None:
-    from portllm.checkpoint.layout import plain
-
-    return Old(base, plain(base)) if base is not None else None
+    return Old(base, layout_of(base)) if base is not None else None

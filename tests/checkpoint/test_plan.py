@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from portllm.checkpoint.layout import plain
 from portllm.checkpoint.patch import Patch
-from portllm.checkpoint.plan import Plan, check_saved, linears, make_plan
+from portllm.checkpoint.plan import Plan, check_saved, linears
+from portllm.checkpoint.planning import make_plan
 from portllm.checkpoint.reader import Checkpoint
 from portllm.errors import CheckpointError, ShapeError, UnmatchedModulesError, UnsupportedPatchError
 
@@ -55,12 +57,12 @@ def world(tmp_path: Path, make_checkpoint: Callable[..., Path], make_patch: Call
 def test_every_module_gets_its_tensor(world: World) -> None:
     plan = world.plan({Q: lora(6, 4), "lm_head": lora(11, 4)})
     assert set(plan.changes) == {f"{Q}.weight", "lm_head.weight"}
-    assert not plan.changes[f"{Q}.weight"].transposed
+    assert {c.origin for c in plan.changes.values()} == set(plan.changes)
     assert (plan.matched, plan.total) == (2, 3)
 
 
 def test_embeddings_and_norms_are_no_linears(world: World) -> None:
-    assert linears(world.base()) == {f"{Q}.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"}
+    assert linears(plain(world.base())) == {Q, "model.layers.0.mlp.up_proj", "lm_head"}
 
 
 def test_modules_the_base_lacks_are_named(world: World) -> None:
@@ -83,20 +85,24 @@ def test_shapes_that_differ_are_named_with_both(world: World) -> None:
         {**LLAMA, "tie_word_embeddings": True},
         {"model_type": "gemma", "vocab_size": 11},
         {"vocab_size": 11},
-        {"model_type": "llama", "tie_word_embeddings": True},
     ],
 )
-def test_tied_heads_are_refused(config: dict[str, Any], world: World) -> None:
-    with pytest.raises(UnmatchedModulesError, match="lm_head: the base ties its head"):
-        world.plan({Q: lora(6, 4), "lm_head": lora(11, 4)}, config)
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_an_update_of_a_tied_head_gives_it_a_tensor_of_its_own(
+    config: dict[str, Any], on_disk: bool, world: World
+) -> None:
+    tensors = TENSORS if on_disk else {k: v for k, v in TENSORS.items() if k != "lm_head.weight"}
+    plan = make_plan(world.patch({"lm_head": lora(11, 4)}), world.base(config, tensors))
+    assert set(plan.changes) == {"lm_head.weight"}
+    assert plan.changes["lm_head.weight"].origin == "model.embed_tokens.weight"
+    assert plan.config == {"tie_word_embeddings": False}
 
 
-def test_a_tied_head_that_is_not_on_disk_is_refused(world: World) -> None:
-    base = world.base(
-        {**LLAMA, "tie_word_embeddings": True}, {k: v for k, v in TENSORS.items() if k != "lm_head.weight"}
-    )
-    with pytest.raises(UnmatchedModulesError, match="a tied output head is not on disk"):
-        make_plan(world.patch({"lm_head": lora(11, 4)}), base)
+def test_a_head_that_differs_from_its_embedding_on_disk_is_not_tied(world: World) -> None:
+    base = world.base({**LLAMA, "tie_word_embeddings": True}, {**TENSORS, "lm_head.weight": torch.zeros(11, 4)})
+    plan = make_plan(world.patch({"lm_head": lora(11, 4)}), base)
+    assert plan.changes["lm_head.weight"].origin == "lm_head.weight"
+    assert not plan.config
 
 
 @pytest.mark.parametrize("config", [LLAMA, {"model_type": "llama", "vocab_size": 11}])
@@ -126,19 +132,24 @@ def test_conv1d_is_stored_transposed(world: World) -> None:
     }
     pairs = {"transformer.h.0.attn.c_attn": lora(12, 4), "transformer.h.0.attn.c_proj": lora(4, 4)}
     plan = make_plan(world.patch(pairs, fan_in_fan_out=True), world.base(config, tensors))
-    assert all(change.transposed for change in plan.changes.values())
+    assert set(plan.changes) == set(tensors)  # shapes as (in, out) fit only transposed
 
 
-def test_a_square_tensor_of_unknown_layout_is_refused(world: World) -> None:
-    base = world.base({"model_type": "somebodys", "vocab_size": 11}, {"h.proj.weight": torch.ones(4, 4)})
-    with pytest.raises(ShapeError, match="its layout cannot be told"):
+def test_fan_in_fan_out_on_code_we_do_not_run_is_refused(world: World) -> None:
+    config = {"model_type": "somebodys", "auto_map": {"AutoModelForCausalLM": "theirs.Model"}, "vocab_size": 11}
+    base = world.base(config, {"h.proj.weight": torch.ones(4, 4)})
+    with pytest.raises(UnsupportedPatchError, match="its layout cannot be told"):
         make_plan(world.patch({"h.proj": lora(4, 4)}, fan_in_fan_out=True), base)
 
 
 def test_fan_in_fan_out_on_plain_linears_is_what_peft_makes_of_it(world: World) -> None:
     base = world.base(LLAMA, {"model.q_proj.weight": torch.ones(4, 4)})
-    plan = make_plan(world.patch({"model.q_proj": lora(4, 4)}, fan_in_fan_out=True), base)
-    assert not plan.changes["model.q_proj.weight"].transposed
+    pair = torch.ones(2, 4), torch.arange(4.0).unsqueeze(1).expand(4, 2).contiguous()
+    plan = make_plan(world.patch({"model.q_proj": pair}, fan_in_fan_out=True), base)
+    edit = plan.changes["model.q_proj.weight"].edit
+    assert edit is not None
+    added = edit().exact(torch.zeros(4, 4, dtype=torch.float64))
+    assert torch.equal(added, torch.arange(4.0, dtype=torch.float64).unsqueeze(1).expand(4, 4) * 4)
 
 
 def test_quantised_bases_are_refused(world: World) -> None:
@@ -160,20 +171,23 @@ class TestSavedBaseWeights:
         extra = {"base_model.model.lm_head.base_layer.weight": weight}
         return world.patch({"lm_head": lora(11, 4)}, extra=extra)
 
+    def check(self, patch: Patch, new: Checkpoint, old: Checkpoint | None) -> None:
+        check_saved(patch, plain(new), new, old)
+
     def test_a_copy_of_the_new_base_is_fine(self, world: World) -> None:
-        check_saved(self.patch(world, torch.ones(11, 4).bfloat16()), world.base(), None)
+        self.check(self.patch(world, torch.ones(11, 4).bfloat16()), world.base(), None)
 
     def test_a_copy_of_the_old_base_is_fine_when_that_is_shown(self, world: World) -> None:
         patch, new = self.patch(world, torch.full((11, 4), 2.0)), world.base()
         old = world.base(tensors={**TENSORS, "lm_head.weight": torch.full((11, 4), 2.0)}, name="old")
-        check_saved(patch, new, old)
+        self.check(patch, new, old)
         with pytest.raises(UnsupportedPatchError, match=r"lm_head\.base_layer\.weight.*pass that base as --from"):
-            check_saved(patch, new, None)
+            self.check(patch, new, None)
 
     def test_a_copy_of_neither_is_refused(self, world: World) -> None:
         with pytest.raises(UnsupportedPatchError, match="is this the base it was trained on"):
-            check_saved(self.patch(world, torch.full((11, 4), 2.0)), world.base(), world.base(name="old"))
+            self.check(self.patch(world, torch.full((11, 4), 2.0)), world.base(), world.base(name="old"))
 
     def test_a_grown_vocabulary_is_refused(self, world: World) -> None:
-        with pytest.raises(ShapeError, match="a grown vocabulary is not supported"):
-            check_saved(self.patch(world, torch.ones(12, 4)), world.base(), None)
+        with pytest.raises(ShapeError, match="carries a base weight of 12×4"):
+            self.check(self.patch(world, torch.ones(12, 4)), world.base(), None)
