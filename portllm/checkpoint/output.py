@@ -1,12 +1,15 @@
 """OUT appears complete or not at all: written beside itself, synced, renamed.
 
-A kill leaves at most one `.NAME.partial` beside OUT, recognised and removed by the next run that
-writes the same OUT. The partial directory is locked while it is written, so that two runs never mix.
+Beside OUT there may be, for a while or after a kill, and until the next run that writes the same OUT:
+    .NAME.partial    what is being written; locked, so that two runs never mix
+    .NAME.replaced   the OUT that was there before, whole; put back where OUT itself is not there
+    .NAME.discarded  what is being deleted, no longer whole
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -25,19 +28,15 @@ def staged(out: Path, *, force: bool = False, inputs: Sequence[Path] = ()) -> It
     not empty (unless `force`), when another process is writing it, or when the disk refuses.
     """
     refuse(out, force=force, inputs=inputs)
-    partial = out.parent / f".{out.name}.partial"
+    partial = _beside(out, "partial")
     with _refusals_of_the_disk(out), _parents(out.parent), _locked(partial, out):
-        try:
-            _empty(partial)
-            _recover(out)
-            refuse(out, force=force, inputs=inputs)  # what was recovered counts as there
-            yield partial
-            sync_tree(partial)
-            refuse(out, force=force, inputs=inputs)
-            _replace(partial, out)
-            sync_directory(out.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        _empty(partial)
+        _recover(out)
+        refuse(out, force=force, inputs=inputs)  # what was recovered counts as there
+        yield partial
+        sync_tree(partial)
+        refuse(out, force=force, inputs=inputs)
+        _replace(partial, out)
 
 
 @contextlib.contextmanager
@@ -59,9 +58,19 @@ def staged_file(out: Path) -> Iterator[Path]:
 
 def refuse(out: Path, *, force: bool, inputs: Sequence[Path]) -> None:
     """Raise OutputError where `out` may not be written (see `staged`)."""
-    target = out.resolve()
+    try:
+        _refuse(out, force=force, inputs=inputs)
+    except (OSError, ValueError) as error:  # too long, a NUL in it, not ours to look at
+        text = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(f"{out}: cannot be written ({text}); choose another OUT") from error
+
+
+def _refuse(out: Path, *, force: bool, inputs: Sequence[Path]) -> None:
+    if out.name in ("", ".."):
+        raise OutputError(f"{out}: expected the name of a directory to make; choose another OUT")
+    target = Path(os.path.realpath(out))  # not resolve(), which raises RuntimeError for links in circles
     for source in inputs:
-        origin = source.resolve()
+        origin = Path(os.path.realpath(source))
         if target == origin or origin in target.parents or target in origin.parents:
             raise OutputError(f"{out}: OUT overlaps the input {source}; inputs are never changed, choose another OUT")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
@@ -82,26 +91,53 @@ def sync_directory(folder: Path) -> None:
     """fsync a directory, which makes a rename in it durable."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(handle)
+        sync(handle, folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that have no such call for directories
+            raise
     finally:
         os.close(handle)
+
+
+def sync(handle: int, path: Path) -> None:
+    """fsync; an OSError of it says that it was the fsync, and of what."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        raise OSError(error.errno, f"fsync failed: {error.strerror}", path.name) from error
 
 
 @contextlib.contextmanager
 def _locked(partial: Path, out: Path) -> Iterator[None]:
+    """Make `partial` and hold its lock; what is at its path in the end is removed, if it is still ours."""
+    busy = OutputError(f"{out}: another portllm is writing it; wait for it to finish, or stop it, and try again")
     partial.mkdir(exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # a link could lead us to empty a home
+    except FileNotFoundError as error:
+        raise busy from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            same = os.path.samestat(os.fstat(handle), os.stat(partial))
-        except (BlockingIOError, FileNotFoundError):
-            same = False
-        if not same:
-            raise OutputError(f"{out}: another portllm is writing it; wait for it to finish, or stop it, and try again")
-        yield
+        except BlockingIOError as error:
+            raise busy from error
+        if not _is_at(handle, partial):
+            raise busy
+        try:
+            yield
+        finally:
+            # after the rename another run may already be writing a partial directory of its own
+            if _is_at(handle, partial):
+                shutil.rmtree(partial, ignore_errors=True)
     finally:
         os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
@@ -118,8 +154,10 @@ def _refusals_of_the_disk(out: Path) -> Iterator[None]:
 def _parents(folder: Path) -> Iterator[None]:
     """Make `folder`; on failure, remove again what was made."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in reversed(made):
+            sync_directory(path.parent)
         yield
     except BaseException:
         for path in made:
@@ -128,16 +166,19 @@ def _parents(folder: Path) -> Iterator[None]:
         raise
 
 
+def _beside(out: Path, kind: str) -> Path:
+    return out.parent / f".{out.name}.{kind}"
+
+
 def _recover(out: Path) -> None:
     """Undo or finish the replacement of an OUT in which an earlier run was killed (see `_replace`)."""
-    aside = _aside(out)
-    if aside.is_dir() and not out.exists():
-        aside.rename(out)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _aside(out: Path) -> Path:
-    return out.parent / f".{out.name}.replaced"
+    aside = _beside(out, "replaced")
+    if aside.is_dir() and not aside.is_symlink():
+        if out.exists():
+            _discard(aside, out)
+        else:
+            aside.rename(out)
+    shutil.rmtree(_beside(out, "discarded"), ignore_errors=True)
 
 
 def _empty(folder: Path) -> None:
@@ -149,24 +190,35 @@ def _empty(folder: Path) -> None:
 
 
 def _replace(partial: Path, out: Path) -> None:
-    if not out.exists():
-        partial.rename(out)
-        return
-    # an existing directory cannot be replaced in one step: move it aside, and back if the rename fails
-    aside = _aside(out)
-    out.rename(aside)
+    # an existing directory cannot be replaced in one step: move it aside, and back if anything fails
+    aside, there, ours = _beside(out, "replaced"), out.exists(), partial.lstat()
+    if there:
+        out.rename(aside)
     try:
         partial.rename(out)
-    except OSError:
-        aside.rename(out)
+        sync_directory(out.parent)
+    except BaseException:
+        if out.exists() and os.path.samestat(out.lstat(), ours):
+            _discard(out, out)
+        if there:
+            aside.rename(out)
         raise
-    shutil.rmtree(aside)
+    if there:
+        _discard(aside, out)
+
+
+def _discard(folder: Path, out: Path) -> None:
+    """Delete `folder` under a name that says so: half of it must never be taken for the OUT that was there before."""
+    discarded = _beside(out, "discarded")
+    shutil.rmtree(discarded, ignore_errors=True)
+    folder.rename(discarded)
+    shutil.rmtree(discarded, ignore_errors=True)
 
 
 def _sync_file(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        sync(handle, path)
     finally:
         os.close(handle)
 

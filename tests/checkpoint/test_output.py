@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -53,7 +54,7 @@ def test_a_failing_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OutputError, match="could not be written .No space left on device"):
+    with pytest.raises(OutputError, match=r"could not be written \(fsync failed: No space left on device at"):
         write(tmp_path / "out", "a")
     assert files(tmp_path) == []
 
@@ -127,7 +128,7 @@ def test_leftovers_of_a_kill_are_cleaned_by_the_next_run(tmp_path: Path) -> None
 
 
 def test_a_kill_in_the_middle_of_a_replacement_is_undone(tmp_path: Path) -> None:
-    aside = output._aside(tmp_path / "out")
+    aside = output._beside(tmp_path / "out", "replaced")
     aside.mkdir()
     (aside / "precious").write_text("1")
     with pytest.raises(OutputError, match="exists and is not empty"), staged(tmp_path / "out"):
@@ -137,7 +138,7 @@ def test_a_kill_in_the_middle_of_a_replacement_is_undone(tmp_path: Path) -> None
 
 def test_a_kill_at_the_end_of_a_replacement_is_finished(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    aside = output._aside(tmp_path / "out")
+    aside = output._beside(tmp_path / "out", "replaced")
     aside.mkdir()
     (aside / "old").write_text("1")
     with staged(tmp_path / "out") as folder:
@@ -171,3 +172,76 @@ def test_one_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         partial.write_text("whole again")
     assert files(tmp_path) == ["f.json"]
     assert (tmp_path / "f.json").read_text() == "whole again"
+
+
+def test_leftovers_half_deleted_never_come_back_as_out(tmp_path: Path) -> None:
+    discarded = output._beside(tmp_path / "out", "discarded")
+    discarded.mkdir()
+    (discarded / "half").write_text("1")
+    write(tmp_path / "out", "a")
+    assert files(tmp_path) == ["out", "out/a"]
+
+
+@pytest.mark.parametrize("kind", ["partial", "replaced", "discarded"])
+def test_a_link_in_place_of_a_leftover_leads_nowhere(kind: str, tmp_path: Path) -> None:
+    """Who may write beside OUT could otherwise have a home emptied."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "precious").write_text("1")
+    output._beside(tmp_path / "out", kind).symlink_to(home)
+    with contextlib.suppress(OutputError):
+        write(tmp_path / "out", "a")
+    assert files(home) == ["precious"]
+    assert not (tmp_path / "out").is_symlink()
+
+
+def test_a_rename_that_does_not_reach_the_disk_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "out", "old")
+    sync = os.fsync
+
+    def fail(handle: int) -> None:
+        if (tmp_path / "out" / "new").exists():
+            raise OSError(5, "Input/output error")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OutputError, match="fsync failed: Input/output error"):
+        write(tmp_path / "out", "new", force=True)
+    assert files(tmp_path) == ["out", "out/old"]
+
+
+def test_a_run_that_is_done_leaves_the_next_ones_partial_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the rename and the clean-up another run may have begun to write the same OUT."""
+    replace = output._replace
+
+    def and_another_begins(partial: Path, out: Path) -> None:
+        replace(partial, out)
+        partial.mkdir()
+        (partial / "others").write_text("1")
+
+    monkeypatch.setattr(output, "_replace", and_another_begins)
+    write(tmp_path / "out", "a")
+    assert files(tmp_path) == [".out.partial", ".out.partial/others", "out", "out/a"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "deep/..", "x" * 300, "a\0b", "circle/out"])
+def test_no_name_for_a_directory(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError):
+        write(Path(name), "a", force=True)
+    assert files(tmp_path) == ["circle"]
+
+
+def test_parents_made_in_vain_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkdir = os.mkdir
+
+    def fail(path: Path, mode: int = 0o777) -> None:
+        if str(path).endswith("er"):
+            raise OSError(122, "Disk quota exceeded")
+        mkdir(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", fail)
+    with pytest.raises(OutputError, match="could not be written .Disk quota exceeded"):
+        write(tmp_path / "deep" / "er" / "out", "a")
+    assert files(tmp_path) == []
