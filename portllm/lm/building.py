@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -33,6 +32,7 @@ FAMILIES = (
 BARE = "MODEL_MAPPING_NAMES"
 
 # far past any model there is; a config that asks for more would build for ever
+LAYERS = ("layer", "layers")
 MAX_LAYERS = 10_000
 MAX_PARAMETERS = 2_000_000
 
@@ -48,12 +48,11 @@ def meta_model(base: Checkpoint, task_type: str | None = None, num_labels: int |
     config = _config(base)
     model_class = _model_class(base, config, task_type)
     try:
+        config = _own_config(model_class, config) or config
         if num_labels is not None:
             config.num_labels = num_labels
         with _meta(model_class):
             return model_class(config)
-    except CheckpointError:
-        raise
     except Exception as error:
         raise _unbuildable(base, model_class.__name__, error) from error
 
@@ -74,7 +73,7 @@ def _config(base: Checkpoint) -> PreTrainedConfig:
         )
     try:
         with _silence():
-            return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(base.config)))
+            return CONFIG_MAPPING[kind].from_json_file(base.path / "config.json")
     except Exception as error:
         raise _unbuildable(base, f"{kind} config", error) from error
 
@@ -107,7 +106,13 @@ def _named_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """architectures[0], where transformers has it and it is made for this config."""
     names = config.architectures or []
     found = _class(names[0]) if isinstance(names, list) and names else None
-    return found if found is not None and isinstance(config, found.config_class or ()) else None
+    return found if found is not None and _own_config(found, config) is not None else None
+
+
+def _own_config(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """The config a class is made for: this one, or the text part of this one; None where it is neither."""
+    made_for = model_class.config_class or ()
+    return next((own for own in (config, config.get_text_config()) if isinstance(own, made_for)), None)
 
 
 def _names(tables: Any, table: str, config: PreTrainedConfig) -> tuple[str, ...]:
@@ -161,7 +166,7 @@ def _refuse_endless(base: Checkpoint, config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if isinstance(value, dict):
             _refuse_endless(base, value)
-        elif isinstance(value, int) and "layer" in key and value > MAX_LAYERS:
+        elif isinstance(value, int) and key.endswith(LAYERS) and value > MAX_LAYERS:
             raise CheckpointError(
                 f"{base.path / 'config.json'}: expected {key} of at most {MAX_LAYERS}, found {value}; "
                 "fetch the file again"
