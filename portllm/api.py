@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from portllm.checkpoint.manifest import made_before
+from portllm.checkpoint.plan import Plan
 from portllm.checkpoint.proof import Sample
 from portllm.checkpoint.records import PortRecord
 from portllm.lm.hub import resolve
+from portllm.lm.publishing import Destination, Pushed
 from portllm.params import EvaluateParams, PortParams
 from portllm.verbs import evaluate as evaluate_verb
 from portllm.verbs import fingerprint as fingerprint_verb
@@ -27,21 +30,66 @@ def port(
     as_: Literal["merged", "adapter"] = "merged",
     scale: float = 1.0,
     force: bool = False,
+    dry_run: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PortRecord:
     """Put `patch` onto the release `onto` and write `out`; `source` is the base it was trained on, if at hand.
 
-    Raises PortllmError (see portllm.errors); then nothing is written.
+    With `push_to_hub` (OWNER/NAME) what was written is uploaded to that repository, `private` where asked, on the
+    branch `revision`; an `out` that this very port has written before is not written again. Raises PortllmError (see
+    portllm.errors): a HubError once `out` is complete, which it then stays; any other, and nothing is written.
     """
+    hub = None if push_to_hub is None else Destination(push_to_hub, private, revision)
+    if hub is not None:
+        hub.check()
+    params = PortParams(as_=as_, scale=scale)
+    record = port_or_keep(
+        patch, onto=onto, out=out, source=source, params=params, force=force, dry_run=dry_run,
+        keep=hub is not None, on_progress=on_progress, on_plan=None,
+    )  # fmt: skip
+    if hub is not None and not dry_run:
+        push(hub, Path(out), record)
+    return record
+
+
+def port_or_keep(
+    patch: Name,
+    *,
+    onto: Name,
+    out: Name,
+    source: Name | None,
+    params: PortParams,
+    force: bool,
+    dry_run: bool,
+    keep: bool,
+    on_progress: Callable[[int, int], None] | None,
+    on_plan: Callable[[Plan], None] | None,
+) -> PortRecord:
+    """`port` without the hub; where `keep`, an `out` that is this very port already, unchanged, is left as it is."""
+    patch, onto = resolve(patch), resolve(onto)
+    if keep and not force and not dry_run:
+        made = made_before(Path(out), patch=patch, onto=onto, params=params)
+        if made is not None:
+            return made
     return port_verb.run(
-        patch=resolve(patch),
-        onto=resolve(onto),
+        patch=patch,
+        onto=onto,
         out=Path(out),
-        params=PortParams(as_=as_, scale=scale),
+        params=params,
         source=None if source is None else resolve(source),
         force=force,
+        dry_run=dry_run,
         on_progress=on_progress,
+        on_plan=on_plan,
     )
+
+
+def push(hub: Destination, out: Path, record: PortRecord) -> Pushed:
+    """Upload every file that port.json names, and port.json. Raises HubError; `out` stays as it is."""
+    return hub.push(out, {**record.files, PortRecord.FILE: None})
 
 
 def verify(

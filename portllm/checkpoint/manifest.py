@@ -22,6 +22,7 @@ from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.records import PortRecord, Source
 from portllm.checkpoint.writer import Meter
 from portllm.errors import CheckpointError, UnsafeFileError, VerificationError
+from portllm.params import PortParams
 
 HEX = re.compile(r"[0-9a-f]{64}")
 PIECE_BYTES = 1 << 20
@@ -92,6 +93,27 @@ class Manifest:
                 f"{self.folder}: has fingerprint {found[:12]}, {PortRecord.FILE} says {(expected or 'none')[:12]}; "
                 "port again"
             )
+
+
+def made_before(out: Path, *, patch: Path, onto: Path, params: PortParams) -> PortRecord | None:
+    """port.json's record where `out` is what porting `patch` onto `onto` with `params` makes, whole and unchanged.
+
+    None where there is no such directory, or it was made of something else. Raises CheckpointError, UnsafeFileError or
+    VerificationError where it is that port and was changed or damaged since.
+    """
+    if not (out / PortRecord.FILE).is_file():
+        return None
+    manifest = Manifest.open(out)
+    record = manifest.record
+    if (record.output, record.scale, record.method) != (params.as_, params.scale, params.method):
+        return None
+    if record.patch.fingerprint != fingerprint.fingerprint(patch):
+        return None
+    if record.base.fingerprint != fingerprint.fingerprint(onto):
+        return None
+    manifest.check_names()
+    manifest.check_digests(Meter(manifest.nbytes))
+    return record
 
 
 def _malformed(record: PortRecord) -> str | None:

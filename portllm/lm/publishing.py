@@ -1,0 +1,186 @@
+"""Pushing a ported directory to the hub: refused early where possible, checked afterwards, the local files kept.
+
+The token is found by huggingface_hub in its usual places (HF_TOKEN, `hf auth login`); it is never written or shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from portllm.errors import HubError, ParamsError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+# huggingface_hub's rules for a name: 96 characters, no --, no .., not ending in .git
+PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+REPO = re.compile(rf"(?:{PART}/)?{PART}")
+LONGEST = 96
+REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+CHECKED_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where a directory went: the repository's full name, its commit, and its address."""
+
+    repo: str
+    revision: str
+    commit: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A model repository on the hub and a branch of it; `private` asks that nobody else may read it."""
+
+    repo: str
+    private: bool = False
+    revision: str | None = None
+
+    def check(self) -> None:
+        """Refuse what cannot succeed before any work is done: a malformed name, no token, no hub, a read-only token.
+
+        Raises ParamsError or HubError.
+        """
+        if not REPO.fullmatch(self.repo) or self._forbidden():
+            raise ParamsError(
+                f"--push-to-hub: expected OWNER/NAME of letters, digits, '-', '_' and '.', found {self.repo[:200]!r}"
+            )
+        if self.revision is not None and (not REVISION.fullmatch(self.revision) or ".." in self.revision):
+            raise ParamsError(f"--revision: expected the name of a branch, found {self.revision[:200]!r}")
+        with self._reasons("nothing was ported; mend this, or leave out --push-to-hub"):
+            token = (_api().whoami().get("auth") or {}).get("accessToken") or {}
+        if token.get("role") == "read":
+            raise HubError(
+                f"{self.repo}: the hub's token can only read, expected one that can write; "
+                "make one at https://huggingface.co/settings/tokens"
+            )
+
+    def push(self, folder: Path, files: Mapping[str, str | None]) -> Pushed:
+        """Upload `files` (name → SHA-256, if known) of `folder`, and check that the hub has them all.
+
+        The repository and the branch are made if they are not there. Raises HubError; the folder stays as it is.
+        """
+        command = shlex.join(["hf", "upload", self.repo, str(folder)])
+        with self._reasons(f"{folder} is complete: to push it, run the same command again, or {command}"):
+            api = _api()
+            repo = api.create_repo(self.repo, private=self.private or None, exist_ok=True).repo_id
+            branch = self.revision or "main"
+            self._check_private(api, repo)
+            if branch != "main" and not branch.startswith("refs/"):
+                api.create_branch(repo, branch=branch, exist_ok=True)
+            self._check_strangers(api, repo, branch, files)
+            done = api.upload_folder(
+                repo_id=repo, folder_path=folder, revision=branch, commit_message="Port by portllm",
+                allow_patterns=[glob.escape(name) for name in files],
+            )  # fmt: skip
+            _check_arrived(api, repo, branch, folder, files)
+            return Pushed(repo, branch, str(done.oid), f"{api.endpoint}/{repo}")
+
+    def _forbidden(self) -> bool:
+        return len(self.repo) > LONGEST or "--" in self.repo or ".." in self.repo or self.repo.endswith(".git")
+
+    def _check_private(self, api: HfApi, repo: str) -> None:
+        if self.private and not api.model_info(repo).private:
+            raise HubError(
+                f"{repo}: exists and is public, expected a private repository; make it private in its settings, "
+                "choose another, or leave out --private"
+            )
+
+    def _check_strangers(self, api: HfApi, repo: str, branch: str, files: Mapping[str, str | None]) -> None:
+        """Weights of something else beside the pushed ones could be loaded in their place."""
+        there = api.list_repo_files(repo, revision=branch)
+        if strangers := sorted(name for name in there if name.endswith(WEIGHTS) and name not in files):
+            raise HubError(
+                f"{repo}: has {strangers[0]} already, which is none of the ported files and could be loaded in their "
+                "place; remove it there or choose another repository"
+            )
+
+    @contextlib.contextmanager
+    def _reasons(self, hint: str) -> Iterator[None]:
+        """Whatever goes wrong inside becomes one HubError: what the hub said, and `hint`."""
+        try:
+            yield
+        except HubError as error:
+            raise HubError(f"{error}; {hint}") from error
+        except Exception as error:
+            # the hub's library raises its own, its HTTP library's and plain errors; the port must survive them all
+            raise HubError(f"{self.repo}: {_scrubbed(_reason(error))}; {hint}") from error
+
+
+def _api() -> HfApi:
+    from huggingface_hub import HfApi
+
+    from portllm import __version__
+
+    return HfApi(library_name="portllm", library_version=__version__)
+
+
+def _check_arrived(api: HfApi, repo: str, branch: str, folder: Path, files: Mapping[str, str | None]) -> None:
+    """Raise HubError where the hub has not each file in its size and, as far as it tells, with its SHA-256."""
+    names, arrived = sorted(files), {}
+    for at in range(0, len(names), CHECKED_AT_ONCE):
+        known = api.get_paths_info(repo, names[at : at + CHECKED_AT_ONCE], revision=branch)
+        arrived.update({one.path: one for one in known})
+    for name in names:
+        info: Any = arrived.get(name)
+        size = getattr(info, "size", None)
+        digest = getattr(getattr(info, "lfs", None), "sha256", None) or files[name]
+        if size != (folder / name).stat().st_size or (files[name] and digest != files[name]):
+            found = "nothing" if info is None else f"{size} bytes"
+            raise HubError(f"{repo}: {name} did not arrive whole, the hub has {found}")
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line: the innermost answer of the hub, else the library's own words."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    chain = list(_chain(error))
+    for link in chain:
+        if isinstance(link, OfflineModeIsEnabled):
+            return "the hub is switched off on this machine (HF_HUB_OFFLINE), expected to reach it; unset that"
+        if isinstance(link, LocalTokenNotFoundError):
+            return "no token of the hub was found; log in with `hf auth login`, or set HF_TOKEN"
+        if isinstance(link, HfHubHTTPError):
+            return _answered(link.response.status_code, link.server_message)
+    if any(type(link).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests") for link in chain):
+        return f"the hub cannot be reached ({_line(str(chain[-1])) or type(error).__name__})"
+    return f"the hub did not take it ({_line(str(error)) or type(error).__name__})"
+
+
+def _answered(status: int, said: str | None) -> str:
+    meaning = {
+        401: "the hub does not know the token, or it has expired; log in again with `hf auth login`",
+        403: "the token may not write there; use one with write access to this owner's repositories",
+        404: "the hub has no such repository or branch that you can see",
+        429: "the hub asks to wait; try again later",
+    }.get(status, "the hub failed; try again later" if status >= 500 else "the hub refused")
+    return f"{meaning} (HTTP {status}{': ' + _line(said) if said else ''})"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _line(text: str) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= 200 else words[:197] + "..."
+
+
+def _scrubbed(text: str) -> str:
+    """`text` without the token, should the hub have echoed it."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return text.replace(token, "<token>") if token else text
