@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from portllm.checkpoint.headers import TensorEntry
 from portllm.checkpoint.layout import Part
 from portllm.checkpoint.pairs import LoraPair, factors, read_finite
+from portllm.checkpoint.reader import read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,6 +98,25 @@ def pieces(
             block = update(expert).cut(spans[-2], spans[-1])
             block = block.turned() if part.transposed else block
             yield Piece(part.tensor, (first + count) * height + part.of[-2][0], part.of[-1][0], block)
+
+
+def block_reader(path: Path, entry: TensorEntry, part: Part) -> Callable[[int, int], Tensor]:
+    """read(row, count) of what one tensor on disk gets of a parameter that the patch saved whole; −1 for all rows."""
+    spans = [axis if isinstance(axis, tuple) else (axis, axis + 1) for axis in part.at] or [(0, 1)]
+    height = entry.shape[-2] if len(entry.shape) > 1 else 1
+    first = (spans[0][0] * height if len(spans) == 3 else 0) + (spans[-2][0] if len(spans) > 1 else 0)
+    rows = spans[-2][1] - spans[-2][0] if len(spans) > 1 else 1
+    matrices = spans[0][1] - spans[0][0] if len(spans) == 3 else 1
+
+    def straight(row: int, count: int) -> Tensor:
+        taken = rows * matrices if count < 0 else count
+        return read_rows(path, entry, first + row, taken)[:, spans[-1][0] : spans[-1][1]]
+
+    def turned(row: int, count: int) -> Tensor:
+        block = straight(0, -1).T
+        return block if count < 0 else block[row : row + count]
+
+    return turned if part.transposed else straight
 
 
 def overlap(group: Sequence[Piece]) -> bool:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.blocks import LowRank, Piece, Shelf, of_expert, of_pair, overlap, pieces
+from portllm.checkpoint.blocks import LowRank, Piece, Shelf, block_reader, of_expert, of_pair, overlap, pieces
 from portllm.checkpoint.derived import Old as Old
 from portllm.checkpoint.derived import derived
 from portllm.checkpoint.headers import TensorEntry
@@ -20,7 +20,7 @@ from portllm.checkpoint.layout import HEAD, Layout, Part, on_disk, plain, whole
 from portllm.checkpoint.pairs import LoraPair, TokenRows
 from portllm.checkpoint.patch import Patch
 from portllm.checkpoint.plan import DTYPES, Change, Plan, disk_tensor, linears, refuse_quantised, times
-from portllm.checkpoint.reader import Checkpoint, read_rows
+from portllm.checkpoint.reader import Checkpoint
 from portllm.errors import CheckpointError, ParamsError, ShapeError, UnmatchedModulesError, UnsupportedPatchError
 
 if TYPE_CHECKING:
@@ -149,12 +149,12 @@ class _Planner:
         self._change(name, edit, "b + s·b_B", (pair.bias.name,))
 
     def _stack(self, owner: str, stack: tuple[LoraPair, ...]) -> None:
-        from portllm.checkpoint.adapter_config import targeted
+        from portllm.checkpoint.adapter_config import stack_pairs
 
         known = self.layout.modules.get(owner)
         if known is None:
             raise UnmatchedModulesError(f"{owner}: {self.base.path} has no such module; {RELEASE}")
-        for pair, name in zip(stack, targeted(self.patch.config, owner, tuple(known.parameters), stack), strict=True):
+        for name, pair in stack_pairs(self.patch.config, owner, tuple(known.parameters), stack):
             parameter = f"{owner}.{name}"
             self.modules.add(parameter)
             parts, shape = self._place(parameter)
@@ -198,23 +198,23 @@ class _Planner:
             self._new_head(parameter, entry)
             return
         parts, shape = self._place(parameter)
-        tensor = self._single(parameter, parts, "a module saved whole")
-        if parts[0].transposed:
-            raise UnsupportedPatchError(
-                f"{parameter}: is stored transposed, and a module saved whole is not; train LoRA"
-            )
-        if entry.shape != shape:
-            self._grow(parameter, entry, shape)
         grown = entry.shape != shape
-        self._change(tensor, self._replacing(entry), "replaced", (entry.name,), shape=entry.shape, reads=not grown)
+        if grown:
+            self._grow(parameter, entry, shape)
+            self._single(parameter, parts, "a grown vocabulary")
+        for part in parts:
+            self._single(parameter, (part,), "a module saved whole")
+            reads = not grown and part.tensor not in self.tied_heads
+            own = entry.shape if len(parts) == 1 and not part.transposed else self._shape(part.tensor)
+            self._change(part.tensor, self._replacing(entry, part), "replaced", (entry.name,), shape=own, reads=reads)
 
-    def _replacing(self, entry: TensorEntry) -> Callable[[], Edit]:
+    def _replacing(self, entry: TensorEntry, part: Part) -> Callable[[], Edit]:
         path = self.patch.header.path
 
         def edit() -> Edit:
             from portllm.algebra.edits import Replace
 
-            return Replace(lambda row, count: read_rows(path, entry, row, count))
+            return Replace(block_reader(path, entry, part))
 
         return edit
 
@@ -255,7 +255,8 @@ class _Planner:
         self.config["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
         self.config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
         dtype = self.base.dtype(self.base.names[0])
-        change = Change(parameter, dtype, entry.shape, None, self._replacing(entry), "added", (entry.name,))
+        edit = self._replacing(entry, whole(parameter, entry.shape))
+        change = Change(parameter, dtype, entry.shape, None, edit, "added", (entry.name,))
         self.changes[parameter] = change
 
     def _tokens(self, module: str, tokens: TokenRows) -> None:
@@ -316,8 +317,8 @@ class _Planner:
         config = self.base.config
         if config.get("is_encoder_decoder") or "text_config" in config or len(self.layout.tied) > 1:
             raise UnsupportedPatchError(
-                f"{head}: the base ties it to its embedding in a way portllm cannot untie "
-                f"(model_type {config.get('model_type')}); train the patch without either, or with ensure_weight_tying"
+                f"{head}: is tied in a way portllm cannot untie (model_type {config.get('model_type')}); "
+                "expected a patch of neither, or one trained with ensure_weight_tying"
             )
         self.config["tie_word_embeddings"] = False
         if above not in self.changes:
@@ -326,8 +327,8 @@ class _Planner:
         rows = {name: self.changes[name].shape for name in (above, below) if name in self.changes}
         if len({shape[0] for shape in rows.values()} | {self._rows_of(below, rows)}) > 1:
             raise ShapeError(
-                f"{head}: has {self.changes[above].shape[0]} rows, the embedding {self._rows_of(below, rows)}; expected "
-                "one vocabulary, save both sides with the patch (modules_to_save)"
+                f"{head}: has {self.changes[above].shape[0]} rows, the embedding {self._rows_of(below, rows)}; "
+                "expected one vocabulary, save both sides with the patch (modules_to_save)"
             )
 
     def _rows_of(self, tensor: str, changed: Mapping[str, tuple[int, ...]]) -> int:
@@ -382,8 +383,8 @@ class _Planner:
         ]
         if self.scale != 1.0 and whole:
             raise ParamsError(
-                f"port.scale is {self.scale:g}, but {whole[0]} is replaced or renormalised (modules_to_save, trained tokens "
-                "or biases, DoRA), which has no scale; expected 1"
+                f"port.scale is {self.scale:g}, but {whole[0]} is replaced or renormalised (modules_to_save, trained "
+                "tokens or biases, DoRA), which has no scale; expected 1"
             )
 
     def _kind(self, module: str) -> str:
