@@ -10,19 +10,17 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from portllm.checkpoint.headers import Header, TensorEntry
-from portllm.checkpoint.plan import Change, Plan
-from portllm.checkpoint.reader import Checkpoint, read_exactly
+from portllm.checkpoint.reader import read_exactly, read_tensor
+from portllm.checkpoint.targets import Target, TargetFile
 from portllm.checkpoint.writer import Meter
 from portllm.errors import VerificationError
 
 if TYPE_CHECKING:
     import torch
-
-    from portllm.checkpoint.patch import Patch
-    from portllm.checkpoint.records import PortRecord
 
 PIECE_BYTES = 1 << 20
 # old and new in float64, an update, and what they are made of
@@ -64,125 +62,78 @@ class Proof:
 
 
 @dataclass(frozen=True)
-class Merged:
-    """A merged output beside the plan of making it again; raises VerificationError at the first difference."""
+class Making:
+    """Written tensors beside what making them again would write; raises VerificationError at the first difference.
 
-    written: Checkpoint
-    base: Checkpoint
-    plan: Plan
+    `written` and `expected` go by tensor name; an expected tensor has the name of the file it belongs to. `whose` says
+    whose tensors the untouched ones are, for people.
+    """
 
-    def check_headers(self) -> None:
-        """The written checkpoint has the planned tensors, each of its planned dtype and shape, and no others."""
-        expected = {name: (entry.dtype, entry.shape) for name, entry in self._base_entries().items()}
-        expected.update({name: (change.dtype, change.shape) for name, change in self.plan.changes.items()})
-        found = {name: (h.tensors[name].dtype, h.tensors[name].shape) for name, h in self.written.where.items()}
-        for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
-                raise self._wrong(name, f"expected {_kind(expected.get(name))}, found {_kind(found.get(name))}")
+    folder: Path
+    written: Mapping[str, Place]
+    expected: Mapping[str, tuple[str, Target]]
+    whose: str
 
-    def identical(self) -> dict[str, Place]:
-        """Name of each tensor that must hold a base tensor's very bytes → that tensor's place."""
-        places = {name: (self.base.where[name], e) for name, e in self._base_entries().items()}
-        for name, change in self.plan.changes.items():
-            places.pop(name, None)
-            if change.edit is None and change.origin is not None:
-                places[name] = (self.base.where[change.origin], self.base.entry(change.origin))
-        return dict(sorted(places.items()))
+    @classmethod
+    def of(cls, written: Sequence[Header], files: Sequence[TargetFile], folder: Path, whose: str) -> Making:
+        """From the headers in `folder` and the files a port would write."""
+        places = {name: (header, entry) for header in written for name, entry in header.tensors.items()}
+        expected = {target.entry.name: (file.path.name, target) for file in files for target in file.targets}
+        return cls(folder, places, dict(sorted(expected.items())), whose)
 
     def recomputable(self) -> dict[str, int]:
         """Name of each tensor that the patch changes → its number of elements."""
-        return {name: math.prod(c.shape) for name, c in self.plan.changes.items() if c.edit is not None}
+        edited = {name: target for name, (_, target) in self.expected.items() if target.edit is not None}
+        return {name: math.prod(target.entry.shape) for name, target in edited.items()}
 
     def nbytes(self, chosen: Sequence[str]) -> int:
-        """Bytes that `prove` will count."""
-        same = sum(entry.nbytes for _, entry in self.identical().values())
-        return same + sum(self.written.entry(name).nbytes for name in chosen if name in self.written.where)
+        """Bytes that `prove` counts."""
+        return sum(t.entry.nbytes for name, (_, t) in self.expected.items() if t.edit is None or name in chosen)
 
     def prove(self, chosen: Sequence[str], meter: Meter) -> Proof:
-        """Compare everything that is the base's, and compute the `chosen` tensors again."""
-        self.check_headers()
-        same = self.identical()
-        for name, place in same.items():
-            if not same_bytes(self._place(name), place, meter):
-                raise self._wrong(name, f"expected the base's own bytes ({place[1].name}), found others")
+        """Compare what is not edited byte for byte, and compute the `chosen` tensors again."""
+        self._check_headers()
+        same = [(name, t.origin) for name, (_, t) in self.expected.items() if t.edit is None and t.origin is not None]
+        for name, origin in same:
+            if not same_bytes(self.written[name], origin, meter):
+                raise self._wrong(name, f"expected the {self.whose}'s own bytes ({origin[1].name}), found others")
         for name in chosen:
-            self._recompute(name, self.plan.changes[name])
-            meter.add(self.written.entry(name).nbytes)
+            self._recompute(name, self.expected[name][1])
+            meter.add(self.written[name][1].nbytes)
         return Proof(len(same), tuple(chosen), len(self.recomputable()))
 
-    def _recompute(self, name: str, change: Change) -> None:
+    def _check_headers(self) -> None:
+        """The tensors are the expected ones, each in its file and of its dtype and shape, and there are no others."""
+        wanted = {name: _kind(t.entry, file) for name, (file, t) in self.expected.items()}
+        found = {name: _kind(entry, header.path.name) for name, (header, entry) in self.written.items()}
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise self._wrong(name, f"expected {wanted.get(name, 'none')}, found {found.get(name, 'none')}")
+
+    def _recompute(self, name: str, target: Target) -> None:
         from portllm.algebra.lora import round_once
 
-        if change.edit is None:
-            raise ValueError(f"{name} is not computed")
-        old = as_rows(self.base.read(change.origin)).double() if change.origin is not None else None
-        exact = change.edit().exact(old)
-        new = as_rows(self.written.read(name))
+        if target.edit is None:
+            raise ValueError(f"{name} is not edited")
+        new = _rows_of(self.written[name])
+        old = _rows_of(target.origin).double() if target.origin is not None else None
+        exact = target.edit().exact(old)
         at = first_difference(new, exact, old)
         if at is not None:
-            expected = round_once(exact.reshape(-1)[at : at + 1], new.dtype)
-            raise self._wrong(
-                name,
-                f"element {_index(at, change.shape)} is {_show(new.reshape(-1)[at])}, expected {_show(expected[0])}",
-            )
-
-    def _base_entries(self) -> dict[str, TensorEntry]:
-        return {name: header.tensors[name] for name, header in self.base.where.items()}
-
-    def _place(self, name: str) -> Place:
-        return self.written.where[name], self.written.entry(name)
+            found, expected = new.reshape(-1)[at], round_once(exact.reshape(-1)[at : at + 1], new.dtype)[0]
+            where = _index(at, target.entry.shape)
+            raise self._wrong(name, f"element {where} is {float(found):.9g}, expected {float(expected):.9g}")
 
     def _wrong(self, name: str, what: str) -> VerificationError:
-        file = self.written.where[name].path if name in self.written.where else self.written.path
-        return VerificationError(f"{file}: tensor {name}: {what}; it is not what this base and patch make, port again")
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter output beside the patch it came from; raises VerificationError at the first difference."""
-
-    written: Patch
-    patch: Patch
-    record: PortRecord
-
-    def recomputable(self) -> dict[str, int]:
-        """None: the factors are the patch's own."""
-        return {}
-
-    def nbytes(self, chosen: Sequence[str]) -> int:  # noqa: ARG002 - as Merged.nbytes
-        """Bytes that `prove` will count."""
-        return sum(entry.nbytes for entry in self.patch.header.tensors.values())
-
-    def prove(self, chosen: Sequence[str], meter: Meter) -> Proof:  # noqa: ARG002 - as Merged.prove
-        """Compare every factor, and what the config makes of them."""
-        left, right = self.written.header, self.patch.header
-        copies = {entry.name for entry in self.patch.saved.values()}
-        expected = {name: entry for name, entry in right.tensors.items() if name not in copies}
-        for name in sorted(expected.keys() | left.tensors.keys()):
-            one, other = left.tensors.get(name), expected.get(name)
-            kinds = [_kind((e.dtype, e.shape) if e else None) for e in (other, one)]
-            if one is None or other is None or kinds[0] != kinds[1]:
-                raise self._wrong(f"tensor {name}: expected {kinds[0]}, found {kinds[1]}")
-            if not same_bytes((left, one), (right, other), meter):
-                raise self._wrong(f"tensor {name}: expected the patch's own bytes, found others")
-        self._check_scaling()
-        return Proof(len(expected), (), 0)
-
-    def _check_scaling(self) -> None:
-        for module, pair in self.patch.modules.items():
-            found, expected = self.written.modules[module].scaling, pair.scaling * self.record.scale
-            if not math.isclose(found, expected, rel_tol=1e-12):
-                raise self._wrong(f"scaling of {module}: expected {expected:g}, found {found:g}")
-
-    def _wrong(self, what: str) -> VerificationError:
-        return VerificationError(f"{self.written.header.path}: {what}; it is not what this patch makes, port again")
+        path = self.written[name][0].path if name in self.written else self.folder
+        return VerificationError(f"{path}: tensor {name}: {what}; it is not what base and patch make, port again")
 
 
 def first_difference(new: torch.Tensor, exact: torch.Tensor, old: torch.Tensor | None) -> int | None:
     """Flat index of the first element of `new` that is not `exact` (float64) rounded once to its dtype, or None.
 
     Compared bit by bit. Where bits differ, an element still passes when the exact value lies so near a rounding
-    boundary that float64 itself cannot tell the side. Raises VerificationError where the shapes differ.
+    boundary that float64 itself cannot tell the side.
     """
     import torch
 
@@ -197,8 +148,8 @@ def first_difference(new: torch.Tensor, exact: torch.Tensor, old: torch.Tensor |
     if len(unsure) == 0:
         return None
     value, found = exact.reshape(-1)[unsure], new.reshape(-1)[unsure]
-    before = torch.zeros_like(value) if old is None or old.shape != exact.shape else old.reshape(-1)[unsure]
-    step = float((exact if old is None or old.shape != exact.shape else exact - old).abs().max())
+    old = torch.zeros_like(exact) if old is None or old.shape != exact.shape else old
+    before, step = old.reshape(-1)[unsure], float((exact - old).abs().max())
     doubt = FLOAT64_DOUBT * (value.abs() + before.abs() + step)
     low, high = round_once(value - doubt, new.dtype), round_once(value + doubt, new.dtype)
     fails = ~((found >= low) & (found <= high))
@@ -222,8 +173,9 @@ def same_bytes(one: Place, other: Place, meter: Meter) -> bool:
     return True
 
 
-def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+def _rows_of(place: Place) -> torch.Tensor:
     """A tensor as an edit sees it: (rows, columns), leading axes flattened, a vector as one row."""
+    tensor = read_tensor(place[0].path, place[1])
     return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
@@ -240,9 +192,5 @@ def _index(at: int, shape: tuple[int, ...]) -> str:
     return "[" + ", ".join(map(str, index)) + "]"
 
 
-def _show(value: torch.Tensor) -> str:
-    return f"{float(value):.9g}"
-
-
-def _kind(found: tuple[str, tuple[int, ...]] | None) -> str:
-    return f"{found[0]} {'×'.join(map(str, found[1])) or 'scalar'}" if found else "none"
+def _kind(entry: TensorEntry, file: str) -> str:
+    return f"{entry.dtype} {'×'.join(map(str, entry.shape)) or 'scalar'} in {file}"

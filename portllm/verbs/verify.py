@@ -6,16 +6,20 @@ patch leaves alone is the base's byte for byte, and a sample of the others is co
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from portllm.checkpoint import fingerprint, provenance
+from portllm.checkpoint.counterparts import adapter_file, check_adapter_files, check_merged_files
+from portllm.checkpoint.derived import Old
 from portllm.checkpoint.manifest import Manifest
 from portllm.checkpoint.patch import Patch
-from portllm.checkpoint.planning import Old, make_plan
-from portllm.checkpoint.proof import Adapter, Merged, Proof, Sample, fitting
+from portllm.checkpoint.plan import Plan
+from portllm.checkpoint.planning import make_plan
+from portllm.checkpoint.proof import Making, Proof, Sample, fitting
 from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.records import PortRecord, Source
 from portllm.checkpoint.writer import Meter
@@ -111,17 +115,20 @@ class _Inputs:
     manifest: Manifest
     base: Checkpoint
     patch: Patch
-    source: Path | None
-    making: Merged | Adapter
+    old: Old | None
+    plan: Plan
+    making: Making
 
     @classmethod
     def open(cls, manifest: Manifest, onto: Path, patch: Path, source: Path | None) -> _Inputs:
-        base, lora = Checkpoint.open(onto), Patch.open(patch)
-        old = Checkpoint.open(source) if source is not None else None
-        plan = make_plan(lora, base, layout_of(base), scale=manifest.record.scale, old=_old(old))
+        base, lora, folder = Checkpoint.open(onto), Patch.open(patch), manifest.folder
+        old = _old(source)
+        plan = make_plan(lora, base, layout_of(base), scale=manifest.record.scale, old=old)
         if manifest.record.output == "merged":
-            return cls(manifest, base, lora, source, Merged(Checkpoint.open(manifest.folder), base, plan))
-        return cls(manifest, base, lora, source, Adapter(Patch.open(manifest.folder), lora, manifest.record))
+            files, whose = plan.files(base, folder), "base"
+        else:
+            files, whose = [adapter_file(lora, old, folder)], "patch"
+        return cls(manifest, base, lora, old, plan, Making.of(manifest.headers(), files, folder, whose))
 
     def choose(self, sample: Sample) -> tuple[list[str], list[str]]:
         """Names of the tensors to compute again, and of those that no memory is there for."""
@@ -136,16 +143,20 @@ class _Inputs:
         return self.base.nbytes + self.patch.header.size + self.making.nbytes(chosen)
 
     def prove(self, chosen: list[str], too_large: list[str], meter: Meter) -> Proof:
-        """Raise VerificationError where the inputs are others than port.json's, or the tensors not what they make."""
+        """Raise VerificationError where the inputs are others than port.json's, or the files not what they make."""
         record = self.manifest.record
         self._same("--onto", self.base.path, record.base)
         meter.add(self.base.nbytes)
         self._same("--patch", self.patch.path, record.patch)
         meter.add(self.patch.header.size)
-        if self.source is not None and record.trained_on is not None:
-            self._same("--from", self.source, record.trained_on)
+        if self.old is not None and record.trained_on is not None:
+            self._same("--from", self.old.base.path, record.trained_on)
+        if record.output == "merged":
+            check_merged_files(self.manifest, self.base, self.patch, self.plan)
+        else:
+            check_adapter_files(self.manifest, self.patch)
         proof = self.making.prove(chosen, meter)
-        return Proof(proof.identical, proof.recomputed, proof.changed, tuple(too_large))
+        return dataclasses.replace(proof, too_large=tuple(too_large))
 
     def _same(self, flag: str, path: Path, recorded: Source) -> None:
         if recorded.fingerprint is None:
@@ -158,5 +169,8 @@ class _Inputs:
             )
 
 
-def _old(base: Checkpoint | None) -> Old | None:
-    return Old(base, layout_of(base)) if base is not None else None
+def _old(source: Path | None) -> Old | None:
+    if source is None:
+        return None
+    base = Checkpoint.open(source)
+    return Old(base, layout_of(base))

@@ -1,0 +1,95 @@
+"""The files of a ported directory that are not weights, and their counterparts in base and patch.
+
+Each is a copy of one of theirs, or what the port must have made of it; all raise VerificationError where it is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from portllm.checkpoint import fingerprint
+from portllm.checkpoint.derived import Old, converted
+from portllm.checkpoint.files import companions, tokenizer_files
+from portllm.checkpoint.manifest import Manifest
+from portllm.checkpoint.pairs import LoraPair
+from portllm.checkpoint.patch import CONFIG, WEIGHTS, Patch
+from portllm.checkpoint.plan import Plan
+from portllm.checkpoint.reader import INDEX, Checkpoint, read_json_object
+from portllm.checkpoint.records import PortRecord
+from portllm.checkpoint.targets import Target, TargetFile
+from portllm.errors import VerificationError
+
+CARD = "README.md"
+# what re-targeting a patch changes, and what turning it into plain LoRA of twice the rank changes besides
+RETARGETED = frozenset({"base_model_name_or_path", "revision", "lora_alpha", "alpha_pattern"})
+CONVERTED = frozenset({"init_lora_weights", "r", "rank_pattern"})
+
+
+def adapter_file(patch: Patch, old: Old | None, folder: Path) -> TargetFile:
+    """The weights that re-targeting `patch` writes into `folder`: its own, but for copies of base weights."""
+    if patch.init != "plain" and old is not None:
+        return converted(patch, old, patch.config, folder / WEIGHTS)[0]
+    copies = {entry.name for entry in patch.saved.values()}
+    kept = (entry for name, entry in patch.header.tensors.items() if name not in copies)
+    return TargetFile(folder / WEIGHTS, b"", tuple(Target(entry, (patch.header, entry)) for entry in kept))
+
+
+def check_merged_files(manifest: Manifest, base: Checkpoint, patch: Patch, plan: Plan) -> None:
+    """Config, tokenizer and whatever else came along are the base's or the patch's, changed only where planned."""
+    copies = companions(base.path, patch.path)
+    if (base.path / INDEX).is_file():
+        copies[INDEX] = base.path / INDEX
+    made = {CARD, *(shard.path.name for shard in base.shards)}
+    if plan.config:
+        made.add("config.json")
+        expected = {**base.config, **plan.config}
+        _same_config(manifest.folder / "config.json", expected, frozenset())
+    if plan.reshapes(base):
+        made.add(INDEX)  # that it names the tensors where they are was checked as it was read
+    _check_copies(manifest, copies, made)
+
+
+def check_adapter_files(manifest: Manifest, patch: Patch) -> None:
+    """The tokenizer is the patch's, and so is the config but for the base's name and the scale."""
+    _check_copies(manifest, tokenizer_files(patch.path), {CARD, CONFIG, WEIGHTS})
+    changed = RETARGETED if patch.init == "plain" else RETARGETED | CONVERTED
+    _same_config(manifest.folder / CONFIG, patch.config, changed)
+    written = {pair.a_entry.name: pair for pair in _pairs(Patch.open(manifest.folder))}
+    for pair in _pairs(patch):
+        found, expected = written[pair.a_entry.name].scaling, pair.scaling * manifest.record.scale
+        if not math.isclose(found, expected, rel_tol=1e-12):
+            raise _wrong(manifest.folder / CONFIG, f"scales {pair.module} by {found:g}, expected {expected:g}")
+
+
+def _pairs(patch: Patch) -> Iterator[LoraPair]:
+    yield from patch.modules.values()
+    for stack in patch.stacks.values():
+        yield from stack
+
+
+def _check_copies(manifest: Manifest, copies: Mapping[str, Path], made: set[str]) -> None:
+    recorded = manifest.record.files
+    for name, source in copies.items():
+        if name not in made and recorded.get(name) != fingerprint.file_digest(source):
+            raise _wrong(manifest.folder / name, f"expected a copy of {source}, found another file or none")
+    if strangers := sorted(recorded.keys() - copies.keys() - made):
+        raise _wrong(manifest.folder / PortRecord.FILE, f"names {strangers[0]}, which is neither base's nor patch's")
+
+
+def _same_config(path: Path, expected: Mapping[str, Any], free: frozenset[str]) -> None:
+    found = read_json_object(path)
+    for key in sorted((found.keys() | expected.keys()) - free):
+        if found.get(key) != expected.get(key):
+            raise _wrong(path, f"{key} is {_short(found.get(key))}, expected {_short(expected.get(key))}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _wrong(path: Path, what: str) -> VerificationError:
+    return VerificationError(f"{path}: {what}; it is not what base and patch make, port again")
