@@ -1,0 +1,95 @@
+"""Every configuration on every architecture: right, or refused by name with nothing written. Never wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from portllm.algebra.lora import round_once
+from portllm.errors import PortllmError
+from portllm.params import PortParams
+from portllm.verbs import port
+from tests.matrix import judge
+from tests.matrix.cases import CASES, NARROW
+from tests.matrix.judge import NEW, OLD, Bench, Case
+from tests.matrix.pending import PENDING
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and peft warn of their own affairs
+
+RIGHT = [case for case in CASES if case.refused is None]
+REFUSED = [case for case in CASES if case.refused is not None]
+
+
+def ported(case: Case, bench: Bench, patch: Path, out: Path, dtype: torch.dtype = torch.float32, **more: str) -> None:
+    """Port onto the new base. A case still pending may be refused, leaving nothing; no case may be wrong."""
+    source = bench.base(case.architecture, OLD) if case.source else None
+    onto = bench.base(case.architecture, NEW, dtype)
+    try:
+        port.run(patch=patch, onto=onto, out=out, params=PortParams(**more), source=source)
+    except PortllmError as error:
+        assert not out.exists()
+        if str(case) in PENDING and case.refused is None:
+            pytest.xfail(f"pending: {error}")
+        raise
+
+
+@pytest.mark.parametrize("case", RIGHT, ids=str)
+def test_right(case: Case, bench: Bench, tmp_path: Path) -> None:
+    new, out = bench.base(case.architecture, NEW), tmp_path / "out"
+    patch, bare = bench.patches(case, tmp_path)
+    oracle = bench.tuned(case, bare)
+    expected = judge.logits(oracle)
+    scale = judge.effect(case, bench, expected)
+
+    ported(case, bench, patch, out)
+    model = judge.load(case.arch, out)
+    judge.assert_logits(judge.logits(model), expected, scale)
+    base = judge.load(case.arch, new)
+    names = judge.differing(base, oracle) if case.residual else judge.touched(oracle, bare)
+    assert judge.differing(base, model) == names
+    judge.assert_files(new, out)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (new, out))
+    assert {**before, **case.config} == after
+
+    ported(case, bench, patch, tmp_path / "adapter", as_="adapter")
+    again = bench.tuned(case, tmp_path / "adapter", plain=True)
+    judge.assert_logits(judge.logits(again), expected, scale)
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=str)
+def test_refused(case: Case, bench: Bench, tmp_path: Path) -> None:
+    patch, _ = bench.patches(case, tmp_path)
+    present = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(PortllmError, match=None if str(case) in PENDING else case.refused) as caught:
+        ported(case, bench, patch, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == present
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("case", NARROW, ids=str)
+def test_narrow_weights_are_the_exact_ones_rounded_once(
+    case: Case, dtype: torch.dtype, bench: Bench, tmp_path: Path
+) -> None:
+    patch, out = bench.patch(case, tmp_path / "patch"), tmp_path / "out"
+    expected = judge.logits(bench.tuned(case, patch, dtype))
+    exact = judge.exact(case, bench, patch, dtype)
+    ported(case, bench, patch, out, dtype)
+    found = case.arch.auto_class.from_pretrained(out).state_dict()
+    assert found.keys() == exact.keys()
+    for name, weight in exact.items():
+        assert found[name].dtype == dtype, name
+        assert torch.equal(found[name], round_once(weight, dtype)), name
+    # what is left is the rounding of the weights, small beside what the patch does
+    moved = (expected - bench.bare(case.architecture, dtype)).abs().max().item()
+    assert_close(judge.logits(judge.load(case.arch, out)), expected, rtol=0, atol=0.03 * moved)
+
+
+def test_no_case_stands_twice_and_every_pending_one_exists() -> None:
+    names = [str(case) for case in CASES]
+    assert len(names) == len(set(names))
+    assert set(names) >= PENDING
