@@ -81,6 +81,11 @@ class _Names:
         """A fresh copy of the conversion that `pattern` belongs to."""
         return copy.deepcopy(next(rule for rule in reversed(self.converters) if pattern in rule.source_patterns))
 
+    def targets(self, first: str, converter: Any) -> set[str]:
+        """All the parameters a conversion makes, given the first."""
+        patterns = converter.target_patterns
+        return {first.replace(patterns[0], target) for target in patterns} & self.shapes.keys() | {first}
+
 
 @dataclass(frozen=True)
 class _Stored:
@@ -122,10 +127,10 @@ def _trace(base: Checkpoint, model: PreTrainedModel, names: _Names) -> tuple[dic
     stored = {name: _Stored(base.shape(disk), (whole(disk, base.shape(disk)),)) for name, disk in found.plain.items()}
     opaque: dict[str, str] = {}
     for first, converter in found.converted.items():
-        targets = {first.replace(converter.target_patterns[0], target) for target in converter.target_patterns}
-        if first in found.plain:
-            opaque[first] = "both whole and in pieces"
-            del stored[first]
+        targets = names.targets(first, converter)
+        if not targets.isdisjoint(found.plain):
+            opaque |= dict.fromkeys(targets, "both whole and in pieces")
+            stored = {name: value for name, value in stored.items() if name not in targets}
             continue
         try:
             values = converter.convert(first, model=model, config=model.config)
@@ -133,7 +138,7 @@ def _trace(base: Checkpoint, model: PreTrainedModel, names: _Names) -> tuple[dic
             stored |= {name: _Stored(value.shape, value.parts()) for name, value in traced.items()}
         except Exception:  # an operation may fail in any way on tensors that are not there
             reason = " and ".join(type(operation).__name__ for operation in converter.operations)
-            opaque |= dict.fromkeys(targets & names.shapes.keys() | {first}, f"through {reason}")
+            opaque |= dict.fromkeys(targets, f"through {reason}")
     return stored, opaque
 
 

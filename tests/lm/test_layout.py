@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from portllm.checkpoint.layout import Layout
 from portllm.checkpoint.reader import Checkpoint
@@ -59,8 +59,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("GraniteMoeForCausalLM", {**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": ("GptOssForCausalLM", {**HEADED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "llama4": ("Llama4ForCausalLM", {**HEADED, "intermediate_size_mlp": 20, "num_local_experts": 4}),
-    "t5": ("T5ForConditionalGeneration", {**T5, "tie_word_embeddings": True}),
-    "t5 untied": ("T5ForConditionalGeneration", {**T5, "tie_word_embeddings": False}),
+    "t5": ("T5ForConditionalGeneration", T5),
     "bart": ("BartForConditionalGeneration", BART),
     "gemma2": ("Gemma2ForCausalLM", HEADED),
     "gemma3": ("Gemma3ForCausalLM", HEADED),
@@ -147,3 +146,213 @@ def test_parts_make_the_model_that_transformers_loads(model: str, save: Callable
     assert layout.architecture == MODELS[model][0]
     assert len(base.shards) > 3
     assert_right(base, layout, loaded(base))
+
+
+def rewrite(
+    base: Checkpoint, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], **config: Any
+) -> Checkpoint:
+    """The same checkpoint in one file with other tensors, and other settings; None takes a setting away."""
+    tensors = change({name: base.read(name) for name in base.names})
+    for path in base.path.glob("model*"):
+        path.unlink()
+    save_file(tensors, base.path / "model.safetensors", metadata={"format": "pt"})
+    settings = {key: value for key, value in {**base.config, **config}.items() if value is not None}
+    (base.path / "config.json").write_text(json.dumps(settings))
+    return Checkpoint.open(base.path)
+
+
+def renamed(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Every name that begins with `old` begins with `new`."""
+    return lambda tensors: {new + k[len(old) :] if k.startswith(old) else k: v for k, v in tensors.items()}
+
+
+def test_gpt2_as_the_hub_has_it(save: Callable[..., Checkpoint]) -> None:
+    extra = {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8) for i in range(2)}
+    base = rewrite(save(*MODELS["gpt2"]), lambda t: renamed("transformer.", "")(t) | extra)
+    layout = built(base)
+    assert layout.parts["transformer.wte.weight"][0].tensor == "wte.weight"
+    assert layout.modules["transformer.h.0.attn.c_attn"].kind == "conv1d"
+    assert not {part.tensor for parts in layout.parts.values() for part in parts} & extra.keys()
+    assert_right(base, layout, loaded(base))
+
+
+def test_tensors_that_the_model_does_not_load_are_not_in_the_layout(save: Callable[..., Checkpoint]) -> None:
+    extra = {
+        "model.layers.2.mtp.weight": torch.ones(2, 2),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
+    }
+    base = rewrite(save(*MODELS["llama"]), lambda t: t | extra)
+    layout = built(base)
+    assert {part.tensor for parts in layout.parts.values() for part in parts} == set(base.names) - extra.keys()
+
+
+@pytest.mark.parametrize("old", ["model.language_model.", "language_model.model."])
+@pytest.mark.parametrize("model", ["Gemma3ForConditionalGeneration", "LlavaForConditionalGeneration"])
+def test_a_model_that_sees(model: str, old: str, save: Callable[..., Checkpoint]) -> None:
+    text = {"model_type": "gemma3_text" if model.startswith("Gemma3") else "llama", **HEADED}
+    vision = {"model_type": "siglip_vision_model" if model.startswith("Gemma3") else "clip_vision_model", **VISION}
+    more = {"mm_tokens_per_image": 4, "image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7}
+    base = save(model, {"text_config": text, "vision_config": vision, **more})
+    mine = next(n for n in base.names if n.endswith("embed_tokens.weight")).removesuffix("embed_tokens.weight")
+    base = rewrite(base, renamed(mine, old))
+    layout = built(base)
+    assert (
+        layout.parts["model.language_model.layers.0.mlp.up_proj.weight"][0].tensor
+        == f"{old}layers.0.mlp.up_proj.weight"
+    )
+    assert_right(base, layout, loaded(base))
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt_neox", "t5"])
+@pytest.mark.parametrize("stored", ["head only", "both, equal", "both, different"])
+def test_a_config_that_ties_what_the_files_hold(model: str, stored: str, save: Callable[..., Checkpoint]) -> None:
+    """Which of the tied ones is on disk, and whether two of them are one, is settled as transformers settles it."""
+    base = save(*MODELS[model])
+    head = "embed_out.weight" if model == "gpt_neox" else "lm_head.weight"
+    ends = ("embed_tokens.weight", "embed_in.weight", "shared.weight")
+    embedding = next(name for name in base.names if name.endswith(ends))
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors.setdefault(head, torch.randn(32, 16))
+        if stored == "head only":
+            del tensors[embedding]
+        elif stored == "both, equal":
+            tensors[head] = tensors[embedding].clone()
+        return tensors
+
+    base = rewrite(base, change, tie_word_embeddings=True)
+    layout = built(base)
+    assert_right(base, layout, loaded(base))
+    assert (layout.tied.get("lm_head.weight") is None) == (stored != "both, equal")
+
+
+@pytest.mark.parametrize("model", ["llama tied", "gpt2", "gpt_neox tied", "t5", "gemma2"])
+def test_an_absent_parameter_is_found_under_the_name_given(model: str, save: Callable[..., Checkpoint]) -> None:
+    base = save(*MODELS[model])
+    layout = built(base)
+    assert layout.absent.keys() == layout.tied.keys()
+    value = torch.randn(32, 16)
+    base = rewrite(base, lambda t: t | {layout.absent["lm_head.weight"]: value}, tie_word_embeddings=False)
+    assert torch.equal(loaded(base)["lm_head.weight"], value)
+    assert layout.absent["lm_head.weight"] == {"gpt_neox tied": "embed_out.weight"}.get(model, "lm_head.weight")
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2", "qwen2_moe"])
+def test_a_classifier_on_a_language_model(model: str, save: Callable[..., Checkpoint]) -> None:
+    base = save(*MODELS[model])
+    layout = built(base, "SEQ_CLS", num_labels=3)
+    assert layout.architecture == base.config["architectures"][0].replace("LMHeadModel", "ForCausalLM").replace(
+        "CausalLM", "SequenceClassification"
+    )
+    memory = loaded(base, layout.architecture)
+    assert layout.modules["score"].parameters == {"weight": (3, memory.pop("score.weight").shape[1])}
+    assert layout.absent == {"score.weight": "score.weight"}
+    for name, value in memory.items():
+        assert torch.equal(assembled(base, layout, name, value.shape), value.detach())
+
+
+def test_a_classifier_keeps_its_own_head(save: Callable[..., Checkpoint]) -> None:
+    base = save(*MODELS["llama classifier"])
+    assert built(base, "SEQ_CLS", num_labels=3) == built(base)
+
+
+@pytest.mark.parametrize("names", [None, ["LLaMAForCausalLM"], ["MixtralForCausalLM"]])
+def test_a_config_whose_class_is_not_in_transformers(names: list[str] | None, save: Callable[..., Checkpoint]) -> None:
+    base = rewrite(save(*MODELS["llama"]), lambda t: t, architectures=names)
+    layout = built(base)
+    assert layout.architecture == "LlamaForCausalLM"
+    assert_right(base, layout, loaded(base, "LlamaForCausalLM"))
+
+
+def test_a_causal_patch_on_a_bare_model_sees_the_language_model(save: Callable[..., Checkpoint]) -> None:
+    base = save(*MODELS["llama bare"])
+    layout = built(base, "CAUSAL_LM")
+    assert layout.parts["model.norm.weight"][0].tensor == "norm.weight"
+    assert layout.absent == {"lm_head.weight": "lm_head.weight"}
+
+
+def test_experts_stored_fused_already(save: Callable[..., Checkpoint]) -> None:
+    base = save(*MODELS["mixtral"])
+    memory = {name: value.detach().clone() for name, value in loaded(base).items()}
+    base = rewrite(base, lambda _: memory)
+    layout = built(base)
+    assert layout.parts["model.layers.0.mlp.experts.down_proj"][0].of == ((0, 4), (0, 16), (0, 24))
+    assert_right(base, layout, loaded(base))
+
+
+@pytest.fixture
+def odd_rules(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """odd_rules(rule, …): what transformers does to a Llama on loading, for this test."""
+    from transformers import conversion_mapping
+
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")
+
+    def put(*rules: Any) -> None:
+        monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "llama", list(rules))
+
+    return put
+
+
+def test_an_operation_not_followed_leaves_its_parameters_out_by_name(
+    save: Callable[..., Checkpoint], odd_rules: Callable[..., None]
+) -> None:
+    from transformers.core_model_loading import Chunk, Interleave, WeightConverter
+
+    base = save(*MODELS["llama"])
+    whole = built(base)
+    odd_rules(
+        WeightConverter("self_attn.o_proj.weight", "self_attn.o_proj.weight", [Interleave(dim=1)]),
+        WeightConverter(
+            "mlp.down_proj.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Interleave(dim=0), Chunk(dim=0)]
+        ),
+    )
+    base = rewrite(base, lambda t: {k: v for k, v in t.items() if "gate_proj" not in k and "up_proj" not in k})
+    layout = built(base)
+    stacks = {f"model.layers.{i}.self_attn.o_proj.weight": "through Interleave" for i in range(2)}
+    pair = [f"model.layers.{i}.mlp.{name}_proj.weight" for i in range(2) for name in ("gate", "up")]
+    chunks = dict.fromkeys(pair, "through Interleave and Chunk")
+    assert layout.opaque == stacks | chunks
+    lost = {f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
+    assert layout.parts == {k: v for k, v in whole.parts.items() if k not in layout.opaque.keys() | lost}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "code of its own": ({"model_type": "mine", "auto_map": {"AutoModel": "m.M"}}, "runs no code from a checkpoint"),
+    "unknown type": ({"model_type": "mine"}, "a model_type that transformers knows, found 'mine'"),
+    "no type": ({"model_type": None}, "found None"),
+    "other width": ({"intermediate_size": 28}, r"down_proj.weight is 16×28 by config.json, 16×24 in the files"),
+    "grown vocabulary": ({"vocab_size": 33}, "33×16 by config.json, 32×16 in the files"),
+    "endless": ({"num_hidden_layers": 10**9}, "num_hidden_layers of at most 10000, found 1000000000"),
+    "nonsense": ({"num_attention_heads": 0}, "fetch the file again"),
+    "wrong kind": ({"hidden_size": "many"}, "builds a llama config from"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case: str, save: Callable[..., Checkpoint]) -> None:
+    settings, text = REFUSED[case]
+    base = rewrite(save(*MODELS["llama"]), lambda t: t, **settings)
+    with pytest.raises(CheckpointError, match=text) as caught:
+        built(base)
+    assert "\n" not in str(caught.value)
+    assert str(base.path) in str(caught.value)
+
+
+def test_no_class_for_the_task_is_refused(save: Callable[..., Checkpoint]) -> None:
+    with pytest.raises(CheckpointError, match="a model_type with a SEQ_CLS class in transformers, found 'granitemoe'"):
+        built(save(*MODELS["granitemoe"]), "SEQ_CLS", num_labels=2)
+
+
+def test_experts_both_whole_and_in_pieces_are_left_out(save: Callable[..., Checkpoint]) -> None:
+    name = "model.layers.0.mlp.experts.down_proj"
+    base = rewrite(save(*MODELS["mixtral"]), lambda t: t | {name: torch.zeros(4, 16, 24)})
+    layout = built(base)
+    assert layout.opaque == {name: "both whole and in pieces"}
+    assert name not in layout.parts
+
+
+def test_a_missing_expert_is_an_error(save: Callable[..., Checkpoint]) -> None:
+    gone = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
+    base = rewrite(save(*MODELS["mixtral"]), lambda t: {k: v for k, v in t.items() if k != gone})
+    with pytest.raises(CheckpointError, match=r"experts.down_proj is 4×16×24 by config.json, 3×16×24 in the files"):
+        built(base)
