@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from portllm.checkpoint.reader import read_json_object
 from portllm.errors import CheckpointError
 
 SCHEMA_VERSION = 1
@@ -45,26 +48,56 @@ class Record:
     def read(cls: type[Kind], folder: Path) -> Kind:
         """The record in `folder`. Raises CheckpointError when it is absent or not of this kind."""
         path = folder / cls.FILE
-        try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{folder}: has no {cls.FILE}, so it is not complete; make it again") from error
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not readable JSON ({error}); make the directory again") from error
-        return cls._from_tree(tree, path)
+        if not os.path.lexists(path):
+            raise CheckpointError(f"{folder}: has no {cls.FILE}, so it is not complete; make it again")
+        return cls._from_tree(read_json_object(path), path)
 
     @classmethod
-    def _from_tree(cls: type[Kind], tree: Any, path: Path) -> Kind:
-        names = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(tree, dict) or tree.get("schema_version") != SCHEMA_VERSION or not set(tree) <= names:
-            raise CheckpointError(f"{path}: expected schema version {SCHEMA_VERSION} of {cls.FILE}; make it again")
+    def find(cls: type[Kind], folder: Path) -> Kind | None:
+        """The record in `folder`, None where there is none. Raises CheckpointError for what is no record."""
+        # a link to nothing, say, is not the same as none
+        return cls.read(folder) if os.path.lexists(folder / cls.FILE) else None
+
+    @classmethod
+    def _from_tree(cls: type[Kind], tree: Mapping[str, Any], path: Path) -> Kind:
         hints = typing.get_type_hints(cls)
+        names = {f.name for f in dataclasses.fields(cls)}
+        if tree.get("schema_version") != SCHEMA_VERSION or not set(tree) <= names:
+            raise CheckpointError(f"{path}: expected schema version {SCHEMA_VERSION} of {cls.FILE}; make it again")
         sources = {k for k, hint in hints.items() if Source in (hint, *typing.get_args(hint))}
         try:
-            values: dict[str, Any] = {k: Source(**v) if k in sources and v else v for k, v in tree.items()}
-            return cls(**values)
+            values: dict[str, Any] = {k: _source(v) if k in sources else v for k, v in tree.items()}
+            record = cls(**values)
         except TypeError as error:
             raise CheckpointError(f"{path}: {error}; make the directory again") from error
+        if wrong := [k for k, v in values.items() if not _is(v, hints[k])]:
+            raise CheckpointError(f"{path}: {wrong[0]} is {tree[wrong[0]]!r:.60}; make the directory again")
+        return record
+
+
+def _source(tree: Any) -> Source | None:
+    """A source as it stands in a record. Raises TypeError."""
+    if tree is None:
+        return None
+    if not isinstance(tree, dict):
+        raise TypeError(f"expected an object, found {tree!r:.60}")
+    source = Source(**tree)
+    hints = typing.get_type_hints(Source)
+    if wrong := [k for k, v in vars(source).items() if not _is(v, hints[k])]:
+        raise TypeError(f"{wrong[0]} is {tree[wrong[0]]!r:.60}")
+    return source
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is of the type a field declares."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is types.UnionType:
+        return any(_is(value, arg) for arg in args)
+    if args:
+        return isinstance(value, dict) and all(_is(v, args[1]) for v in value.values())
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, hint)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,17 @@ def resolve(name: str | Path) -> Path:
     Raises CheckpointError when it is neither, or when the hub cannot be reached or refuses.
     """
     path = Path(name)
-    if path.is_dir():
+    try:
+        found = path.is_dir()
+    except OSError as error:
+        raise CheckpointError(f"{name}: cannot be looked at ({error.strerror}); check the path") from error
+    if found and name != "":
         return path
     match = HUB_ID.fullmatch(str(name))
     if match is None or path.is_absolute() or str(name).startswith("."):
-        raise CheckpointError(f"{name}: no such directory; expected a checkpoint or patch directory, or a hub id")
+        raise CheckpointError(
+            f"{name or repr(name)}: no such directory; expected a checkpoint or patch directory, or a hub id"
+        )
     return _download(str(name), match["repo"], match["revision"])
 
 
