@@ -91,8 +91,7 @@ class Making:
         return sum(t.entry.nbytes for name, (_, t) in self.expected.items() if t.edit is None or name in chosen)
 
     def prove(self, chosen: Sequence[str], meter: Meter) -> Proof:
-        """Compare what is not edited byte for byte, and compute the `chosen` tensors again."""
-        self._check_headers()
+        """Compare what is not edited byte for byte, and compute the `chosen` tensors again; headers were checked."""
         same = [(name, t.origin) for name, (_, t) in self.expected.items() if t.edit is None and t.origin is not None]
         for name, origin in same:
             if not same_bytes(self.written[name], origin, meter):
@@ -102,7 +101,7 @@ class Making:
             meter.add(self.written[name][1].nbytes)
         return Proof(len(same), tuple(chosen), len(self.recomputable()))
 
-    def _check_headers(self) -> None:
+    def check_headers(self) -> None:
         """The tensors are the expected ones, each in its file and of its dtype and shape, and there are no others."""
         wanted = {name: _kind(t.entry, file) for name, (file, t) in self.expected.items()}
         found = {name: _kind(entry, header.path.name) for name, (header, entry) in self.written.items()}

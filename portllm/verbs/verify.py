@@ -151,6 +151,7 @@ class _Inputs:
         meter.add(self.patch.header.size)
         if self.old is not None and record.trained_on is not None:
             self._same("--from", self.old.base.path, record.trained_on)
+        self.making.check_headers()
         if record.output == "merged":
             check_merged_files(self.manifest, self.base, self.patch, self.plan)
         else:
