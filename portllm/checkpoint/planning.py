@@ -9,24 +9,25 @@ Tied weights: an update of one side unties them, so that the other stays what it
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from portllm.checkpoint.blocks import LowRank, Piece, Shelf, block_reader, of_expert, of_pair, overlap, pieces
 from portllm.checkpoint.derived import Old as Old
 from portllm.checkpoint.derived import derived
 from portllm.checkpoint.headers import TensorEntry
-from portllm.checkpoint.layout import HEAD, Layout, Part, on_disk, plain, whole
+from portllm.checkpoint.layout import HEAD, Layout, Part, plain, whole
 from portllm.checkpoint.pairs import LoraPair, TokenRows
 from portllm.checkpoint.patch import Patch
+from portllm.checkpoint.places import RELEASE, Places
 from portllm.checkpoint.plan import DTYPES, Change, Plan, disk_tensor, linears, refuse_quantised, times
 from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.tying import settle
 from portllm.errors import CheckpointError, ParamsError, ShapeError, UnmatchedModulesError, UnsupportedPatchError
 
 if TYPE_CHECKING:
     from portllm.algebra.edits import Edit
 
-RELEASE = "is this a release of the base the patch was trained on?"
 HEADS_OF_CLASSIFIERS = frozenset({"score", "classifier"})
 
 
@@ -51,8 +52,7 @@ class _Planner:
         self.modules: set[str] = set()
         self.config: dict[str, Any] = {}
         self.shelf = Shelf()
-        self.tied_heads: dict[str, str] = {}  # the tensor a tied head gets of its own -> the embedding's
-        self.memory = {parts[0].tensor: name for name, parts in layout.parts.items() if len(parts) == 1}
+        self.places = Places(base, layout)
 
     def plan(self) -> Plan:
         self._refuse_missing()
@@ -67,7 +67,7 @@ class _Planner:
             self._replace(parameter, entry)
         for module, tokens in self.patch.tokens.items():
             self._tokens(module, tokens)
-        self._tied()
+        self.config |= settle(self.changes, self.patch, self.places)
         total = linears(self.layout) | self.modules
         return Plan(dict(sorted(self.changes.items())), len(self.modules), len(total), self.config)
 
@@ -75,15 +75,15 @@ class _Planner:
 
     def _pair(self, module: str, pair: LoraPair) -> None:
         parameter = f"{module}.weight"
-        self.modules.add(self._in_memory(module))
-        parts, shape = self._place(parameter)
+        self.modules.add(self.places.in_memory(module))
+        parts, shape = self.places.place(parameter)
         if self.patch.fan_in_fan_out and self.base.config.get("auto_map"):
             raise UnsupportedPatchError(
                 f"{module}: the patch says fan_in_fan_out and the base runs code of its own (auto_map), so its layout "
                 "cannot be told; expected a model_type that transformers has built in"
             )
         update = self._update(module, pair)
-        if self._kind(module) == "conv1d":
+        if self.places.kind(module) == "conv1d":
             update = update.turned()
         if update.shape != shape:
             raise ShapeError(
@@ -92,7 +92,7 @@ class _Planner:
         if pair.magnitude is not None:
             self._dora(module, pair, parts, update)
         else:
-            for piece in pieces(parts, lambda _: update, self._shape):
+            for piece in pieces(parts, lambda _: update, self.places.shape):
                 self.pieces[piece.tensor].append(piece)
         if pair.bias is not None:
             self._bias(module, pair)
@@ -109,10 +109,10 @@ class _Planner:
 
     def _dora(self, module: str, pair: LoraPair, parts: tuple[Part, ...], update: LowRank) -> None:
         entry = pair.magnitude
-        tensor = self._single(module, parts, "DoRA")
+        tensor = self.places.single(module, parts, "DoRA")
         turned = parts[0].transposed
         update = update.turned() if turned else update
-        outputs = int((self._kind(module) == "linear") == turned)
+        outputs = int((self.places.kind(module) == "linear") == turned)
         size = 1
         for n in entry.shape if entry is not None else ():
             size *= n
@@ -135,9 +135,9 @@ class _Planner:
                 f"{self.base.path}: {module} has no bias on disk, so lora_bias has nowhere to go; expected a base with "
                 "biases, train the patch without lora_bias"
             )
-        if self._shape(name) != pair.bias.shape:
+        if self.places.shape(name) != pair.bias.shape:
             raise ShapeError(
-                f"{module}: the patch's bias is {times(pair.bias.shape)}, the base's {times(self._shape(name))}; "
+                f"{module}: the patch's bias is {times(pair.bias.shape)}, the base's {times(self.places.shape(name))}; "
                 f"{RELEASE}"
             )
 
@@ -157,7 +157,7 @@ class _Planner:
         for name, pair in stack_pairs(self.patch.config, owner, tuple(known.parameters), stack):
             parameter = f"{owner}.{name}"
             self.modules.add(parameter)
-            parts, shape = self._place(parameter)
+            parts, shape = self.places.place(parameter)
             turned = len(shape) == 3 and known.transposed
             experts = shape[0] if len(shape) == 3 else 1
             expected = (shape[-1], shape[-2]) if turned else (shape[-2], shape[-1])
@@ -171,7 +171,7 @@ class _Planner:
                 one = of_expert(pair, experts, expert, self.scale, self.shelf)
                 return one.turned() if turned else one
 
-            for piece in pieces(parts, update, self._shape):
+            for piece in pieces(parts, update, self.places.shape):
                 self.pieces[piece.tensor].append(piece)
 
     def _add(self, tensor: str, group: list[Piece]) -> None:
@@ -197,15 +197,15 @@ class _Planner:
         if self._is_new_head(parameter):
             self._new_head(parameter, entry)
             return
-        parts, shape = self._place(parameter)
+        parts, shape = self.places.place(parameter)
         grown = entry.shape != shape
         if grown:
             self._grow(parameter, entry, shape)
-            self._single(parameter, parts, "a grown vocabulary")
+            self.places.single(parameter, parts, "a grown vocabulary")
         for part in parts:
-            self._single(parameter, (part,), "a module saved whole")
-            reads = not grown and part.tensor not in self.tied_heads
-            own = entry.shape if len(parts) == 1 and not part.transposed else self._shape(part.tensor)
+            self.places.single(parameter, (part,), "a module saved whole")
+            reads = not grown and part.tensor not in self.places.tied_heads
+            own = entry.shape if len(parts) == 1 and not part.transposed else self.places.shape(part.tensor)
             self._change(part.tensor, self._replacing(entry, part), "replaced", (entry.name,), shape=own, reads=reads)
 
     def _replacing(self, entry: TensorEntry, part: Part) -> Callable[[], Edit]:
@@ -220,7 +220,7 @@ class _Planner:
 
     def _grow(self, parameter: str, entry: TensorEntry, shape: tuple[int, ...]) -> None:
         """A vocabulary may grow, in the embedding and the head alike; nothing else may change its shape."""
-        vocabulary = self._kind(parameter.rpartition(".")[0]) == "embedding" or self._is_head(parameter)
+        vocabulary = self.places.kind(parameter.rpartition(".")[0]) == "embedding" or self._is_head(parameter)
         if not vocabulary or len(entry.shape) != 2 or entry.shape[1] != shape[1] or entry.shape[0] < shape[0]:
             raise ShapeError(
                 f"{parameter}: the patch saved {times(entry.shape)}, the base has {times(shape)}; {RELEASE}"
@@ -260,9 +260,9 @@ class _Planner:
         self.changes[parameter] = change
 
     def _tokens(self, module: str, tokens: TokenRows) -> None:
-        self.modules.add(self._in_memory(module))
-        parts, shape = self._place(f"{module}.weight")
-        tensor = self._single(module, parts, "trainable_token_indices")
+        self.modules.add(self.places.in_memory(module))
+        parts, shape = self.places.place(f"{module}.weight")
+        tensor = self.places.single(module, parts, "trainable_token_indices")
         if tokens.indices and max(tokens.indices) >= shape[0] or tokens.entry.shape != (len(tokens.indices), shape[1]):
             raise ShapeError(
                 f"{module}: the patch trained {times(tokens.entry.shape)} rows up to {max(tokens.indices, default=0)}, "
@@ -275,88 +275,6 @@ class _Planner:
             return ReplaceRows(dict(zip(tokens.indices, tokens.values, strict=True)))
 
         self._change(tensor, edit, f"{len(tokens.indices)} rows replaced", (tokens.entry.name,))
-
-    # --- tied weights ---
-
-    def _tied(self) -> None:
-        for head, embedding in self.layout.tied.items():
-            below = disk_tensor(embedding, self.layout)
-            above = self._head_tensor(head)
-            if below is None or (below not in self.changes and above not in self.changes):
-                continue
-            if self._stays_tied(head, embedding):
-                self._keep_tied(head, above, below)
-            else:
-                self._untie(head, above, below)
-
-    def _stays_tied(self, head: str, embedding: str) -> bool:
-        modules = head.rpartition(".")[0], embedding.rpartition(".")[0]
-        if self.patch.ensure_weight_tying:
-            return True
-        # PEFT gives the rows of trained tokens to both sides unless each has its own
-        return modules[1] in self.patch.tokens and modules[0] not in self.patch.tokens
-
-    def _keep_tied(self, head: str, above: str, below: str) -> None:
-        """Both sides change alike: the embedding's change holds, also where the head has a copy of its own on disk."""
-        if below not in self.changes:
-            raise UnsupportedPatchError(
-                f"{head}: the patch keeps tied weights tied (ensure_weight_tying) but changes only the head; "
-                "expected the embedding's update, was the patch saved whole?"
-            )
-        own = self.changes.pop(above, None)
-        if own is not None and own.shape != self.changes[below].shape:
-            raise ShapeError(
-                f"{head}: is {times(own.shape)} in the patch, the embedding it is tied to is not; {RELEASE}"
-            )
-        if above in self.base.where:
-            change = self.changes[below]
-            self.changes[above] = Change(above, change.dtype, change.shape, change.origin, change.edit, change.what)
-
-    def _untie(self, head: str, above: str, below: str) -> None:
-        """Each side gets a tensor of its own, and config.json says so."""
-        config = self.base.config
-        if config.get("is_encoder_decoder") or "text_config" in config or len(self.layout.tied) > 1:
-            raise UnsupportedPatchError(
-                f"{head}: is tied in a way portllm cannot untie (model_type {config.get('model_type')}); "
-                "expected a patch of neither, or one trained with ensure_weight_tying"
-            )
-        self.config["tie_word_embeddings"] = False
-        if above not in self.changes:
-            entry = self.base.entry(below)
-            self.changes[above] = Change(above, entry.dtype, entry.shape, below, None, "the base's embedding, untied")
-        rows = {name: self.changes[name].shape for name in (above, below) if name in self.changes}
-        if len({shape[0] for shape in rows.values()} | {self._rows_of(below, rows)}) > 1:
-            raise ShapeError(
-                f"{head}: has {self.changes[above].shape[0]} rows, the embedding {self._rows_of(below, rows)}; "
-                "expected one vocabulary, save both sides with the patch (modules_to_save)"
-            )
-
-    def _rows_of(self, tensor: str, changed: Mapping[str, tuple[int, ...]]) -> int:
-        return changed[tensor][0] if tensor in changed else self._shape(tensor)[0]
-
-    # --- names ---
-
-    def _place(self, parameter: str) -> tuple[tuple[Part, ...], tuple[int, ...]]:
-        """(its parts on disk, its shape in memory); for a tied head, a tensor of its own read from the embedding's."""
-        if parameter in self.layout.tied:
-            below = disk_tensor(self.layout.tied[parameter], self.layout)
-            if below is None:
-                raise UnmatchedModulesError(f"{parameter}: is tied to a parameter that is not on disk; {RELEASE}")
-            shape = self._shape(below)
-            self.tied_heads[self._head_tensor(parameter)] = below
-            return (whole(self._head_tensor(parameter), shape),), shape
-        if parameter in self.layout.opaque:
-            raise UnsupportedPatchError(
-                f"{parameter}: is stored {self.layout.opaque[parameter]} in {self.base.path}, which portllm does not "
-                "port; train the patch without it"
-            )
-        if parameter in self.layout.parts:
-            module, _, leaf = parameter.rpartition(".")
-            return self.layout.parts[parameter], self.layout.modules[module].parameters[leaf]
-        if parameter in self.base.where:  # a name of an older transformers, or of the model without its head
-            shape = self._shape(parameter)
-            return (whole(parameter, shape),), shape
-        raise UnmatchedModulesError(f"{parameter}: is not in {self.base.path}; {RELEASE}")
 
     def _refuse_missing(self) -> None:
         names = [*self.patch.modules, *self.patch.tokens, *self.patch.stacks, *self.patch.replaced]
@@ -371,8 +289,7 @@ class _Planner:
         if name in self.patch.stacks:
             return name in self.layout.modules
         parameter = name if name in self.patch.replaced else f"{name}.weight"
-        known = (self.layout.tied, self.layout.parts, self.layout.opaque, self.base.where)
-        return any(parameter in names for names in known) or self._is_new_head(parameter)
+        return self.places.known(parameter) or self._is_new_head(parameter)
 
     def _refuse_scale(self) -> None:
         patch = self.patch
@@ -387,34 +304,11 @@ class _Planner:
                 "tokens or biases, DoRA), which has no scale; expected 1"
             )
 
-    def _kind(self, module: str) -> str:
-        known = self.layout.modules.get(self._in_memory(module))
-        return known.kind if known is not None and known.kind != "other" else "linear"
-
-    def _in_memory(self, module: str) -> str:
-        """The module's name in memory, where the patch has it by that of its tensor on disk."""
-        if module in self.layout.modules:
-            return module
-        return self.memory.get(f"{module}.weight", f"{module}.").rpartition(".")[0]
-
-    def _single(self, name: str, parts: tuple[Part, ...], what: str) -> str:
-        if len(parts) != 1 or parts[0].of != tuple((0, n) for n in self._shape(parts[0].tensor)):
-            raise UnsupportedPatchError(
-                f"{name}: is stored in {len(parts)} parts in {self.base.path}, and {what} needs it whole; not supported"
-            )
-        return parts[0].tensor
-
-    def _head_tensor(self, parameter: str) -> str:
-        return self.layout.absent.get(parameter) or on_disk(parameter, self.base)
-
-    def _shape(self, tensor: str) -> tuple[int, ...]:
-        return self.base.shape(self.tied_heads.get(tensor, tensor))
-
     def _change(
         self, tensor: str, edit: Callable[[], Edit], what: str, sources: tuple[str, ...],
         *, shape: tuple[int, ...] | None = None, reads: bool = True,
     ) -> None:  # fmt: skip
-        origin = self.tied_heads.get(tensor, tensor)
+        origin = self.places.tied_heads.get(tensor, tensor)
         entry = self.base.entry(origin)
         if entry.dtype not in DTYPES:
             raise CheckpointError(

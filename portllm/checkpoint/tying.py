@@ -1,0 +1,74 @@
+"""Tied weights: what becomes of an embedding and the head that is the same parameter when a patch changes either.
+
+An update of one side unties them, so that the other stays what it was, unless both change alike. PEFT's merge adds to
+both (off by whole units in the logits); its unmerged forward, the law here, does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from portllm.checkpoint.patch import Patch
+from portllm.checkpoint.places import RELEASE, Places
+from portllm.checkpoint.plan import Change, disk_tensor, times
+from portllm.errors import ShapeError, UnsupportedPatchError
+
+
+def settle(changes: dict[str, Change], patch: Patch, places: Places) -> dict[str, Any]:
+    """Complete `changes` for every tied pair that it touches; returns what config.json must say then.
+
+    Raises UnsupportedPatchError where a base cannot be untied, ShapeError where the sides would disagree.
+    """
+    config: dict[str, Any] = {}
+    for head, embedding in places.layout.tied.items():
+        below = disk_tensor(embedding, places.layout)
+        above = places.head_tensor(head)
+        if below is None or (below not in changes and above not in changes):
+            continue
+        if _stays_tied(head, embedding, patch):
+            _keep_tied(head, above, below, changes, places)
+        else:
+            _untie(head, above, below, changes, places)
+            config["tie_word_embeddings"] = False
+    return config
+
+
+def _stays_tied(head: str, embedding: str, patch: Patch) -> bool:
+    if patch.ensure_weight_tying:
+        return True
+    # PEFT gives the rows of trained tokens to both sides unless each has its own
+    return embedding.rpartition(".")[0] in patch.tokens and head.rpartition(".")[0] not in patch.tokens
+
+
+def _keep_tied(head: str, above: str, below: str, changes: dict[str, Change], places: Places) -> None:
+    """Both sides change alike: the embedding's change holds, also where the head has a copy of its own on disk."""
+    if below not in changes:
+        raise UnsupportedPatchError(
+            f"{head}: the patch keeps tied weights tied (ensure_weight_tying) but changes only the head; "
+            "expected the embedding's update, was the patch saved whole?"
+        )
+    own = changes.pop(above, None)
+    if own is not None and own.shape != changes[below].shape:
+        raise ShapeError(f"{head}: is {times(own.shape)} in the patch, the embedding it is tied to is not; {RELEASE}")
+    if above in places.base.where:
+        change = changes[below]
+        changes[above] = Change(above, change.dtype, change.shape, change.origin, change.edit, change.what)
+
+
+def _untie(head: str, above: str, below: str, changes: dict[str, Change], places: Places) -> None:
+    """Each side gets a tensor of its own."""
+    config = places.base.config
+    if config.get("is_encoder_decoder") or "text_config" in config or len(places.layout.tied) > 1:
+        raise UnsupportedPatchError(
+            f"{head}: is tied in a way portllm cannot untie (model_type {config.get('model_type')}); "
+            "expected a patch of neither, or one trained with ensure_weight_tying"
+        )
+    if above not in changes:
+        entry = places.base.entry(below)
+        changes[above] = Change(above, entry.dtype, entry.shape, below, None, "the base's embedding, untied")
+    rows = changes[below].shape[0] if below in changes else places.shape(below)[0]
+    if changes[above].shape[0] != rows:
+        raise ShapeError(
+            f"{head}: has {changes[above].shape[0]} rows, the embedding {rows}; expected one vocabulary, "
+            "save both sides with the patch (modules_to_save)"
+        )
