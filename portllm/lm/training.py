@@ -122,7 +122,8 @@ def fit(
             model=model,
             args=_arguments(optim, seed, scratch),
             train_dataset=list(examples),
-            data_collator=Collator(tokenizer.pad_token_id),
+            # many bases have no token for padding; it carries no loss, and no token of the text sees it
+            data_collator=Collator(tokenizer.pad_token_id or 0),
             callbacks=[_listener(on_metrics)] if on_metrics else None,
         )
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to --json
