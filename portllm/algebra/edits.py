@@ -1,8 +1,8 @@
 """What becomes of one tensor, row by row: every way a patch changes a weight, with one rounding to the weight's dtype.
 
 A tensor is seen as (rows, columns): leading axes flattened, a vector as one row. Each edit is written twice: `rows`
-works in blocks and is what a port runs; `exact` is the formula over the whole tensor in float64, what `verify` compares with.
-Plain LoRA, the common case, is `portllm.algebra.lora.AddLora`.
+works in blocks and is what a port runs; `exact` is the formula over the whole tensor in float64, what `verify`
+compares with. Plain LoRA, the common case, is `portllm.algebra.lora.AddLora`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Edit(Protocol):
         """Write the new rows (count, columns) from `row` on into `out`, in its dtype.
 
         `old` holds the base's rows, or None where nothing of the base is read. Returns an upper bound of the largest
-        absolute value written, or NaN where one is.
+        absolute value written, before it was rounded or after, or NaN where one is.
         """
 
     def exact(self, old: Tensor | None) -> Tensor:
@@ -111,14 +111,10 @@ class ReplaceRows(Plain):
     def rows(self, old: Tensor | None, row: int, out: Tensor, scratch: Scratch) -> float:  # noqa: ARG002
         """The old rows with the replaced ones among them."""
         out.copy_(_given(old))
-        largest = 0.0
         for i in range(len(out)):
             if row + i in self._rows:
-                size = _put(out[i : i + 1], self._rows[row + i].reshape(1, -1))
-                largest = size if size != size else max(largest, size)
-                if largest != largest:
-                    break
-        return largest
+                _put(out[i : i + 1], self._rows[row + i].reshape(1, -1))
+        return _size(out)
 
     def exact(self, old: Tensor | None) -> Tensor:
         """The old tensor with the replaced rows."""
@@ -153,6 +149,11 @@ def _given(old: Tensor | None) -> Tensor:
 def _put(out: Tensor, values: Tensor) -> float:
     """Round `values` once into `out`; returns the largest absolute value, NaN where there is one."""
     out.copy_(values if values.dtype == out.dtype else round_once(values.double(), out.dtype))
+    return _size(out)
+
+
+def _size(out: Tensor) -> float:
+    """The largest absolute value, NaN where there is one."""
     if out.numel() == 0:
         return 0.0
     low, high = float(out.amin()), float(out.amax())
