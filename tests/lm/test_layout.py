@@ -356,3 +356,57 @@ def test_a_missing_expert_is_an_error(save: Callable[..., Checkpoint]) -> None:
     base = rewrite(save(*MODELS["mixtral"]), lambda t: {k: v for k, v in t.items() if k != gone})
     with pytest.raises(CheckpointError, match=r"experts.down_proj is 4×16×24 by config.json, 3×16×24 in the files"):
         built(base)
+
+
+@pytest.mark.parametrize("operation", ["Chunk", "Split"])
+def test_one_tensor_on_disk_that_is_several_parameters(
+    operation: str, save: Callable[..., Checkpoint], odd_rules: Callable[..., None]
+) -> None:
+    from transformers import core_model_loading as rules
+
+    many = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+    if operation == "Chunk":
+        many = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+    fused = rules.WeightConverter("fused.weight", list(many), [getattr(rules, operation)(dim=0)])
+
+    def fuse(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for i in range(2):
+            blocks = [tensors.pop(f"model.layers.{i}.{name}") for name in many]
+            tensors[f"model.layers.{i}.fused.weight"] = torch.cat(blocks)
+        return tensors
+
+    base = rewrite(save(*MODELS["llama"]), fuse)
+    odd_rules(fused)
+    layout = built(base)
+    last = layout.parts[f"model.layers.1.{many[-1]}"]
+    assert [part.tensor for part in last] == ["model.layers.1.fused.weight"]
+    assert_right(base, layout, loaded(base))
+
+
+def test_fused_experts_turned_on_disk(save: Callable[..., Checkpoint]) -> None:
+    """As Qwen3-VL-MoE is on the hub: (experts, in, out) where the model has (experts, out, in)."""
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 4, "intermediate_size": 24, "out_hidden_size": 16}
+    vision |= {"deepstack_visual_indexes": [0], "patch_size": 4, "num_position_embeddings": 16}
+    text = {**MOE, "head_dim": 4, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0]}}
+    base = save("Qwen3VLMoeForConditionalGeneration", {"text_config": text, "vision_config": vision})
+    turned = {name for name in base.names if name.endswith(("experts.gate_up_proj", "experts.down_proj"))}
+    assert len(turned) == 4
+    base = rewrite(base, lambda t: {k: v.mT.contiguous() if k in turned else v for k, v in t.items()})
+    layout = built(base)
+    assert all(part.transposed for name in turned for part in layout.parts[name])
+    assert_right(base, layout, loaded(base))
+
+
+def test_the_text_class_of_a_model_that_also_sees(save: Callable[..., Checkpoint]) -> None:
+    vision = {"model_type": "siglip_vision_model", **VISION}
+    base = save("Gemma3ForConditionalGeneration", {"text_config": HEADED, "vision_config": vision})
+    text = next(name for name in base.names if name.endswith("embed_tokens.weight")).removesuffix("embed_tokens.weight")
+    keep = renamed(text, "model.")
+    base = rewrite(
+        base,
+        lambda t: keep({k: v for k, v in t.items() if k.startswith(text)}),
+        architectures=["Gemma3ForCausalLM"],
+    )
+    layout = built(base)
+    assert layout.architecture == "Gemma3ForCausalLM"
+    assert_right(base, layout, loaded(base, "Gemma3ForCausalLM"))
