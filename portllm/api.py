@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from portllm.checkpoint.fingerprint import file_digest
 from portllm.checkpoint.manifest import made_before
 from portllm.checkpoint.plan import Plan
 from portllm.checkpoint.proof import Sample
@@ -89,7 +90,7 @@ def port_or_keep(
 
 def push(hub: Destination, out: Path, record: PortRecord) -> Pushed:
     """Upload every file that port.json names, and port.json. Raises HubError; `out` stays as it is."""
-    return hub.push(out, {**record.files, PortRecord.FILE: None})
+    return hub.push(out, {**record.files, PortRecord.FILE: file_digest(out / PortRecord.FILE)})
 
 
 def verify(

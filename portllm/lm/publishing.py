@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -65,12 +66,13 @@ class Destination:
                 "make one at https://huggingface.co/settings/tokens"
             )
 
-    def push(self, folder: Path, files: Mapping[str, str | None]) -> Pushed:
-        """Upload `files` (name → SHA-256, if known) of `folder`, and check that the hub has them all.
+    def push(self, folder: Path, files: Mapping[str, str]) -> Pushed:
+        """Upload `files` (name → SHA-256) of `folder`, and check that the hub has them all.
 
         The repository and the branch are made if they are not there. Raises HubError; the folder stays as it is.
         """
-        command = shlex.join(["hf", "upload", self.repo, str(folder)])
+        flags = [*(["--revision", self.revision] if self.revision else []), *(["--private"] if self.private else [])]
+        command = shlex.join(["hf", "upload", self.repo, str(folder), ".", *flags])
         with self._reasons(f"{folder} is complete: to push it, run the same command again, or {command}"):
             api = _api()
             repo = api.create_repo(self.repo, private=self.private or None, exist_ok=True).repo_id
@@ -96,7 +98,7 @@ class Destination:
                 "choose another, or leave out --private"
             )
 
-    def _check_strangers(self, api: HfApi, repo: str, branch: str, files: Mapping[str, str | None]) -> None:
+    def _check_strangers(self, api: HfApi, repo: str, branch: str, files: Mapping[str, str]) -> None:
         """Weights of something else beside the pushed ones could be loaded in their place."""
         there = api.list_repo_files(repo, revision=branch)
         if strangers := sorted(name for name in there if name.endswith(WEIGHTS) and name not in files):
@@ -125,19 +127,25 @@ def _api() -> HfApi:
     return HfApi(library_name="portllm", library_version=__version__)
 
 
-def _check_arrived(api: HfApi, repo: str, branch: str, folder: Path, files: Mapping[str, str | None]) -> None:
-    """Raise HubError where the hub has not each file in its size and, as far as it tells, with its SHA-256."""
+def _check_arrived(api: HfApi, repo: str, branch: str, folder: Path, files: Mapping[str, str]) -> None:
+    """Raise HubError where the hub has not each file's content: by SHA-256 for large files, by git's hash for small."""
     names, arrived = sorted(files), {}
     for at in range(0, len(names), CHECKED_AT_ONCE):
         known = api.get_paths_info(repo, names[at : at + CHECKED_AT_ONCE], revision=branch)
         arrived.update({one.path: one for one in known})
     for name in names:
         info: Any = arrived.get(name)
-        size = getattr(info, "size", None)
-        digest = getattr(getattr(info, "lfs", None), "sha256", None) or files[name]
-        if size != (folder / name).stat().st_size or (files[name] and digest != files[name]):
-            found = "nothing" if info is None else f"{size} bytes"
-            raise HubError(f"{repo}: {name} did not arrive whole, the hub has {found}")
+        lfs = getattr(info, "lfs", None)
+        same = info is not None and (lfs.sha256 == files[name] if lfs else info.blob_id == _git_hash(folder / name))
+        if not same:
+            found = "none" if info is None else f"another of {info.size} bytes"
+            raise HubError(f"{repo}: {name} did not arrive as it is here, the hub has {found}")
+
+
+def _git_hash(path: Path) -> str:
+    """What git calls a file's content."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _reason(error: BaseException) -> str:
@@ -145,6 +153,8 @@ def _reason(error: BaseException) -> str:
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     chain = list(_chain(error))
+    if type(error) is ValueError:  # what the library finds wrong itself, with the hub's reasons put together
+        return f"the hub did not take it ({_line(str(error))})"
     for link in chain:
         if isinstance(link, OfflineModeIsEnabled):
             return "the hub is switched off on this machine (HF_HUB_OFFLINE), expected to reach it; unset that"
