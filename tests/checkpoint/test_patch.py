@@ -1,4 +1,4 @@
-"""Plain LoRA is read with PEFT's own scaling; everything else is refused by its name."""
+"""A patch is read with PEFT's own scaling; what is not sound or not supported is refused by its name."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from typing import Any
 import pytest
 import torch
 
+from portllm.checkpoint.adapter_schema import HARMLESS, MAX_BYTES, REFUSED, TYPES
 from portllm.checkpoint.patch import Patch, scaling
 from portllm.checkpoint.records import PatchRecord, Source
-from portllm.errors import CheckpointError, PatchError, PortllmError, ShapeError, UnsafeFileError, UnsupportedPatchError
+from portllm.errors import (
+    CheckpointError,
+    PatchError,
+    PortllmError,
+    ShapeError,
+    UnmatchedModulesError,
+    UnsafeFileError,
+    UnsupportedPatchError,
+)
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 Make = Callable[..., Path]
@@ -79,17 +88,13 @@ def test_scaling_is_pefts_own(config: dict[str, Any]) -> None:
         assert scaling(keys, name) == (module.r["default"], module.scaling["default"])
 
 
+INITS = ("pissa_niter_4", "corda", "loftq", "lora_ga", "a_start_of_next_year")
+
 FEATURES: dict[str, dict[str, Any]] = {
     "peft_type 'IA3'": {"peft_type": "IA3"},
     "peft_type 'ADALORA'": {"peft_type": "ADALORA"},
+    "peft_type 'TRAINABLE_TOKENS'": {"peft_type": "TRAINABLE_TOKENS"},
     "peft_type None": {"peft_type": None},
-    "bias=all": {"bias": "all"},
-    "bias=lora_only": {"bias": "lora_only"},
-    "use_dora=True": {"use_dora": True},
-    "lora_bias=True": {"lora_bias": True},
-    "modules_to_save=": {"modules_to_save": ["lm_head"]},
-    "trainable_token_indices=": {"trainable_token_indices": [1]},
-    "target_parameters=": {"target_parameters": ["experts.down_proj"]},
     "layer_replication=": {"layer_replication": [[0, 1]]},
     "megatron_config=": {"megatron_config": {"x": 1}},
     "alora_invocation_tokens=": {"alora_invocation_tokens": [1]},
@@ -97,16 +102,13 @@ FEATURES: dict[str, dict[str, Any]] = {
     "arrow_config=": {"arrow_config": {"top_k": 1}},
     "use_bdlora=": {"use_bdlora": {"nblocks": 2}},
     "kasa_config=": {"kasa_config": {"beta": 1}},
+    "velora_config=": {"velora_config": {"num_groups": 1}},
     "monteclora_config=": {"monteclora_config": {"x": 1}},
+    "enable_lora=": {"enable_lora": [True, False, True]},
     "a_key_of_next_year=": {"a_key_of_next_year": 1},
-    "init_lora_weights=pissa ": {"init_lora_weights": "pissa"},
-    "init_lora_weights=pissa_niter_4": {"init_lora_weights": "pissa_niter_4"},
-    "init_lora_weights=olora": {"init_lora_weights": "olora"},
-    "init_lora_weights=corda": {"init_lora_weights": "corda"},
-    "init_lora_weights=eva": {"init_lora_weights": "eva"},
-    "init_lora_weights=loftq": {"init_lora_weights": "loftq"},
-    "init_lora_weights=lora_ga": {"init_lora_weights": "lora_ga"},
-    "init_lora_weights=1": {"init_lora_weights": 1},
+    **{f"init_lora_weights={init} ": {"init_lora_weights": init} for init in INITS[:-1]},
+    f"init_lora_weights='{INITS[-1]}' ": {"init_lora_weights": INITS[-1]},
+    "init_lora_weights=pissa with target_parameters": {"init_lora_weights": "pissa", "target_parameters": ["a.b"]},
 }
 
 
@@ -116,28 +118,69 @@ def test_unsupported_configurations_are_refused_by_name(name: str, tmp_path: Pat
         Patch.open(make_patch(tmp_path / "p", {Q: pair()}, **FEATURES[name]))
     assert name in str(error.value)
     assert "adapter_config.json" in str(error.value)
+    assert len(str(error.value).split(";")) + len(str(error.value).split(": ")) > 3, "no next step"
+
+
+def test_every_key_of_pefts_config_is_known() -> None:
+    from dataclasses import fields
+
+    from peft import LoraConfig
+
+    assert {f.name for f in fields(LoraConfig)} <= set(TYPES) | HARMLESS | set(REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("init", "kind"),
+    [(init, "plain") for init in (True, False, None, "gaussian", "orthogonal", "eva", "mica")]
+    + [("pissa", "pissa"), ("olora", "olora")],
+)
+def test_initialisations_that_can_be_ported(init: Any, kind: str, tmp_path: Path, make_patch: Make) -> None:
+    extra = {"corda_config": {"corda_method": "ipm"}, "loftq_config": {"loftq_bits": 4}, "eva_config": {"rho": 2.0}}
+    folder = make_patch(tmp_path / "p", {Q: pair()}, init_lora_weights=init, **extra)
+    assert Patch.open(folder).init == kind
 
 
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("model.embed_tokens.lora_embedding_A", "embedding"),
-        (f"{Q}.lora_magnitude_vector", "DoRA"),
+        ("model.embed_tokens.lora_embedding_A", "model.embed_tokens has no lora_embedding_B"),
+        (f"{Q}.lora_magnitude_vector", "use_dora"),
         (f"{Q}.lora_B.bias", "lora_bias"),
-        (f"{Q}.bias", "biases"),
+        (f"{Q}.bias", "bias=none"),
+        ("model.norm.bias", "bias=none"),
+        (f"{Q}.base_layer.bias", "bias=none"),
+        ("lm_head.base_layer.weight", "lm_head has no LoRA"),
+        ("lm_head.token_adapter.base_layer.weight", "lm_head has no LoRA"),
         ("score.modules_to_save.weight", "modules_to_save"),
-        ("model.embed_tokens.weight", "saved embeddings"),
-        ("lm_head.base_layer.weight", "saved copy"),
-        ("model.embed_tokens.trainable_tokens_delta", "trainable_token_indices"),
+        ("lm_head.original_module.weight", "modules_to_save"),
+        ("model.embed_tokens.token_adapter.trainable_tokens_delta", "trainable_token_indices names .* 0 times"),
+        (f"{Q}.base_layer.lora_A.weight", "gives .* no LoRA"),
+        (f"{Q}.base_layer.out_proj.lora_A.weight", "inside another module"),
         (f"{Q}.lora_A.default.weight", "is not PEFT's LoRA"),
+        (f"{Q}.lora_A.scale", "is not PEFT's LoRA"),
         (f"{Q}.weight", "is not PEFT's LoRA"),
+        ("a" * 2000, "is not PEFT's LoRA"),
     ],
 )
-def test_tensors_that_are_not_plain_lora_are_refused(key: str, message: str, tmp_path: Path, make_patch: Make) -> None:
+def test_tensors_that_the_config_does_not_explain_are_refused(
+    key: str, message: str, tmp_path: Path, make_patch: Make
+) -> None:
     folder = make_patch(tmp_path / "p", {Q: pair()}, extra={f"base_model.model.{key}": torch.ones(2, 2)})
     with pytest.raises(PatchError, match=message) as error:
         Patch.open(folder)
-    assert key in str(error.value)
+    assert key.partition(".lora")[0][:100] in str(error.value)
+
+
+def test_three_weights_without_a_reason_are_no_copies_of_embeddings(tmp_path: Path, make_patch: Make) -> None:
+    names = ("model.embed_tokens", "lm_head", "model.third")
+    extra = {f"base_model.model.{name}.weight": torch.ones(5, 2) for name in names}
+    with pytest.raises(UnmatchedModulesError, match=r"model\.third\.weight .* at most"):
+        Patch.open(make_patch(tmp_path / "p", {Q: pair()}, extra=extra))
+    del extra["base_model.model.model.third.weight"]
+    assert set(Patch.open(make_patch(tmp_path / "q", {Q: pair()}, extra=extra)).saved) == {
+        "model.embed_tokens",
+        "lm_head",
+    }
 
 
 def test_a_key_without_the_prefix_is_refused(tmp_path: Path, make_patch: Make) -> None:
@@ -156,7 +199,6 @@ def test_half_a_pair_is_refused(tmp_path: Path, make_patch: Make) -> None:
     [
         (pair(rank=3), {}),
         ((torch.ones(2, 3), torch.ones(4, 3)), {}),
-        ((torch.ones(2, 3, 1), torch.ones(4, 2)), {}),
         (pair(), {"rank_pattern": {"q_proj": 8}}),
     ],
 )
@@ -167,12 +209,36 @@ def test_shapes_must_agree_with_the_rank(
         Patch.open(make_patch(tmp_path / "p", {Q: tensors}, **config))
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 1), (2, 3, 1, 1), (2, 3, 1, 1, 1)])
+def test_a_convolution_is_refused(shape: tuple[int, ...], tmp_path: Path, make_patch: Make) -> None:
+    with pytest.raises(UnsupportedPatchError, match="LoRA on a convolution"):
+        Patch.open(make_patch(tmp_path / "p", {Q: (torch.ones(shape), torch.ones(4, *shape[1:]))}))
+
+
+@pytest.mark.parametrize("tensors", [(torch.ones(0), torch.ones(0)), (torch.ones(2, 0), torch.ones(4, 2))])
+def test_factors_that_were_not_gathered_are_refused(
+    tensors: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, make_patch: Make
+) -> None:
+    with pytest.raises(ShapeError, match="DeepSpeed or FSDP"):
+        Patch.open(make_patch(tmp_path / "p", {Q: tensors}))
+
+
 @pytest.mark.parametrize(
     "config",
-    [{"r": 0}, {"r": "8"}, {"r": True}, {"lora_alpha": None}, {"lora_alpha": "16"}, {"lora_alpha": float("nan")}]
-    + [{"rank_pattern": ["q_proj"]}, {"rank_pattern": {"(": 4}}],
+    [{"r": 0}, {"r": "8"}, {"r": True}, {"r": 2**40}, {"r": None}, {"lora_alpha": None}, {"lora_alpha": "16"}]
+    + [{"lora_alpha": value} for value in (float("nan"), float("inf"), 10**400)]
+    + [{"rank_pattern": value} for value in (["q_proj"], {"(": 4}, {"q_proj": "4"}, {"q_proj": 0})]
+    + [{"alpha_pattern": {"q_proj": [1]}}, {"alpha_pattern": {"*": 1}}]
+    + [{key: 1} for key in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "target_modules", "revision")]
+    + [{key: [1]} for key in ("modules_to_save", "target_parameters", "exclude_modules", "target_modules")]
+    + [{key: "x"} for key in ("target_parameters", "modules_to_save", "layers_to_transform", "bias", "lora_dropout")]
+    + [{"trainable_token_indices": value} for value in ([-1], [1.5], "1", {"a": 1}, {"a": [True]})]
+    + [{"layers_pattern": "layers"}, {"target_modules": "x", "layers_to_transform": [1]}]
+    + [{"use_dora": True, "lora_bias": True}, {"init_lora_weights": 1}, {"modules_to_save": ["(a+)+"]}]
+    + [{"target_modules": "("}, {"exclude_modules": "["}, {"peft_type": ["LORA"]}],
+    ids=str,
 )
-def test_numbers_of_the_config_are_checked(config: dict[str, Any], tmp_path: Path, make_patch: Make) -> None:
+def test_the_config_is_checked(config: dict[str, Any], tmp_path: Path, make_patch: Make) -> None:
     with pytest.raises(PatchError, match="adapter_config.json"):
         Patch.open(make_patch(tmp_path / "p", {Q: pair()}, **config))
 
@@ -213,3 +279,29 @@ def test_directory_must_be_whole(tmp_path: Path, make_patch: Make) -> None:
         Patch.open(folder)
     with pytest.raises(PatchError, match="holds no tensors"):
         Patch.open(make_patch(tmp_path / "empty", {}))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"peft_type": "LORA", "r": 2, "r": 4}',
+        '{"peft_type": "\\ud800"}',
+        "[" * 100_000,
+        '{"r": ' + "9" * 5000 + "}",
+        "\xff",
+    ],
+    ids=["twice", "half a character", "deep", "long number", "no JSON"],
+)
+def test_a_config_that_is_not_sound_json_is_refused(text: str, tmp_path: Path, make_patch: Make) -> None:
+    folder = make_patch(tmp_path / "p", {Q: pair()})
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(PortllmError, match=r"adapter_config\.json: not readable JSON"):
+        Patch.open(folder)
+
+
+def test_a_huge_config_is_refused_unread(tmp_path: Path, make_patch: Make) -> None:
+    folder = make_patch(tmp_path / "p", {Q: pair()})
+    with (folder / "adapter_config.json").open("r+b") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(PatchError, match=f"has {MAX_BYTES + 1} bytes"):
+        Patch.open(folder)

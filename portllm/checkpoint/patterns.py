@@ -1,0 +1,81 @@
+"""Regular expressions from a file, matched as PEFT matches them, in bounded time.
+
+A pattern can take longer than the age of the universe, and Python cannot interrupt one. So patterns that are plain
+names are matched here, and all others in a process of their own, which is ended after a while.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess  # noqa: S404 - this interpreter with code of ours; what the file says goes in as data
+import sys
+from collections.abc import Sequence
+
+from portllm.errors import PatchError
+
+MAX_CHARACTERS = 65_536
+MAX_COMPARISONS = 2_000_000  # in this process; about a second
+SECONDS = 10.0
+
+PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)+")
+
+WHOLE = "{}"  # re.fullmatch: target_modules and exclude_modules
+TAIL = r"(.*\.)?({})$"  # re.match: keys of rank_pattern and alpha_pattern, the name or its tail after a dot
+
+_CHILD = """
+import json, re, sys
+patterns, names, whole = json.load(sys.stdin)
+tests = [(re.compile(p).fullmatch if whole else re.compile(p).match) for p in patterns]
+json.dump([next((i for i, test in enumerate(tests) if test(name)), -1) for name in names], sys.stdout)
+"""
+
+
+def first_matches(patterns: Sequence[str], names: Sequence[str], form: str, where: str) -> list[int]:
+    """For each name the index of the first pattern that matches it, or -1. `form` is WHOLE or TAIL.
+
+    `where` says in errors where the patterns come from. Raises PatchError for one that is none, or takes too long.
+    """
+    if not patterns or not names:
+        return [-1] * len(names)
+    for pattern in patterns:
+        _check(pattern, form, where)
+    plain = all(PLAIN.fullmatch(pattern) for pattern in patterns)
+    if plain and len(patterns) * len(names) <= MAX_COMPARISONS:
+        tests = [re.compile(form.format(pattern)) for pattern in patterns]
+        return [_first(tests, name, whole=form == WHOLE) for name in names]
+    return _elsewhere([form.format(pattern) for pattern in patterns], names, form == WHOLE, where)
+
+
+def _first(tests: Sequence[re.Pattern[str]], name: str, *, whole: bool) -> int:
+    found = (i for i, test in enumerate(tests) if (test.fullmatch(name) if whole else test.match(name)))
+    return next(found, -1)
+
+
+def _check(pattern: str, form: str, where: str) -> None:
+    if len(pattern) > MAX_CHARACTERS:
+        raise PatchError(f"{where} has a pattern of {len(pattern)} characters, expected at most {MAX_CHARACTERS}")
+    try:
+        re.compile(form.format(pattern))
+    except (re.error, RecursionError, OverflowError) as error:
+        short = pattern if len(pattern) <= 60 else pattern[:57] + "..."
+        raise PatchError(f"{where}: {short!r} is not a regular expression ({error}); mend the config") from error
+
+
+def _elsewhere(patterns: Sequence[str], names: Sequence[str], whole: bool, where: str) -> list[int]:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _CHILD],
+            input=json.dumps([patterns, names, whole]).encode(),
+            capture_output=True,
+            timeout=SECONDS,
+            check=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise PatchError(
+            f"{where}: took more than {SECONDS:g} s to match {len(names)} module names; expected a simpler pattern, or "
+            "a list of names"
+        ) from error
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise PatchError(f"{where}: cannot be matched ({type(error).__name__}); expected a list of names") from error
+    return [int(index) for index in json.loads(done.stdout)]
