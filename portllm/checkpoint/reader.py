@@ -47,6 +47,8 @@ class Checkpoint:
             if not path.is_dir():
                 raise CheckpointError(f"{path}: expected a model directory, found {_kind(path)}; check the path")
         config = read_json_object(path / "config.json")
+        if not isinstance(config.get("model_type"), str | None):
+            raise CheckpointError(f"{path / 'config.json'}: model_type must be text; fetch the file again")
         shards = tuple(read_header(path / name) for name in shard_names(path))
         where: dict[str, Header] = {}
         for shard in shards:
