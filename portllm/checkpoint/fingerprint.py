@@ -1,8 +1,10 @@
 """One hex digest of what a checkpoint or patch computes with: names, dtypes, shapes and bytes of its tensors.
 
-The digest is SHA-256 over one line per tensor in sorted order, each with the SHA-256 of the tensor's bytes; so it
-does not depend on sharding, on the order in a file, or on metadata. Digests of tensors are kept per file in the
-user's cache directory, under the file's identity (device, inode, size, mtime and ctime in ns).
+The digest is BLAKE3 over one line per tensor in sorted order, each with the BLAKE3 of the tensor's bytes; so it does
+not depend on sharding, on the order in a file, or on metadata. Digests of tensors are kept per file in the user's cache
+directory, under the file's identity (device, inode, size, mtime and ctime in ns).
+
+BLAKE3 (O'Connor, Aumasson, Neves, Wilcox-O'Hearn, 2020) is meant to be as strong as SHA-256 and is four times as fast.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+
+from blake3 import blake3
 
 from portllm.checkpoint.headers import Header, TensorEntry, read_header
 from portllm.checkpoint.output import staged_file
@@ -22,6 +26,7 @@ from portllm.checkpoint.reader import read_exactly, shard_names
 PIECE_BYTES = 1 << 20
 SETTLED_NS = 2_000_000_000  # a file younger than this could change again within one tick of its clock
 ADAPTER = "adapter_model.safetensors"
+KIND = "blake3"  # of the digests in the cache: others are not believed
 
 
 def fingerprint(path: Path) -> str:
@@ -36,25 +41,30 @@ def headers(path: Path) -> list[Header]:
 
 
 def digests(files: Iterable[Header], *, fresh: bool = False) -> dict[TensorEntry, str]:
-    """SHA-256 of every tensor's bytes, from the cache where the file is unchanged (`fresh`: always from the bytes).
+    """BLAKE3 of every tensor's bytes, from the cache where the file is unchanged (`fresh`: always from the bytes).
 
     Raises CheckpointError.
     """
-    shards = list(files)
     found: dict[TensorEntry, str] = {}
-    with ThreadPoolExecutor(max_workers=min(len(shards), os.cpu_count() or 1) or 1) as pool:
-        for shard, known in zip(shards, pool.map(lambda s: _file_digests(s, fresh), shards), strict=True):
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for shard in files:
+            known = (None if fresh else cached(shard)) or _file_digests(shard, pool)
             found.update({entry: known[name] for name, entry in shard.tensors.items()})
     return found
 
 
+def tensor_hash() -> blake3:
+    """What a tensor's bytes are hashed with."""
+    return blake3()
+
+
 def combine(tensors: Mapping[TensorEntry, str]) -> str:
     """The fingerprint made of the digests of single tensors."""
-    total = hashlib.sha256(b"portllm fingerprint 1\n")
+    total = blake3(b"portllm fingerprint 2\n")
     for entry in sorted(tensors, key=lambda e: e.name):
         line = json.dumps([entry.name, entry.dtype, list(entry.shape), tensors[entry]])
         total.update(line.encode() + b"\n")
-    return total.hexdigest()
+    return str(total.hexdigest())
 
 
 def file_digest(path: Path) -> str:
@@ -68,7 +78,7 @@ def cached(shard: Header) -> dict[str, str] | None:
     try:
         tree = json.loads(_cache_file(shard.path).read_text(encoding="utf-8"))
         known = tree["tensors"]
-        if tree["identity"] == identity(shard.path.stat()) and set(known) == set(shard.tensors):
+        if (tree["kind"], tree["identity"]) == (KIND, identity(shard.path.stat())) and set(known) == set(shard.tensors):
             return {str(name): _hex(value) for name, value in known.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # absent, broken or not ours: as good as no cache
@@ -77,7 +87,7 @@ def cached(shard: Header) -> dict[str, str] | None:
 
 def remember(shard: Header, known: Mapping[str, str], was: list[int]) -> None:
     """Keep the digests of a file's tensors, unless the file is not what it `was` before or is still fresh."""
-    text = json.dumps({"identity": was, "tensors": dict(known)})
+    text = json.dumps({"kind": KIND, "identity": was, "tensors": dict(known)})
     try:
         if identity(shard.path.stat()) != was or time.time_ns() - max(was[-2:]) < SETTLED_NS:
             return
@@ -87,25 +97,24 @@ def remember(shard: Header, known: Mapping[str, str], was: list[int]) -> None:
         pass  # a cache that cannot be written costs time, not correctness
 
 
-def _file_digests(shard: Header, fresh: bool) -> dict[str, str]:
-    known = None if fresh else cached(shard)
-    if known is not None:
-        return known
-    buffer = memoryview(bytearray(PIECE_BYTES))
+def _file_digests(shard: Header, pool: Executor) -> dict[str, str]:
     with shard.path.open("rb", buffering=0) as file:
         was = identity(os.fstat(file.fileno()))
-        known = {name: _tensor_digest(file.fileno(), e, buffer, shard.path) for name, e in shard.tensors.items()}
+        entries = shard.tensors.values()
+        hashed = pool.map(lambda entry: _tensor_digest(file.fileno(), entry, shard.path), entries)
+        known = dict(zip(shard.tensors, hashed, strict=True))
     remember(shard, known, was)
     return known
 
 
-def _tensor_digest(handle: int, entry: TensorEntry, buffer: memoryview, path: Path) -> str:
-    total = hashlib.sha256()
-    for at in range(entry.start, entry.stop, len(buffer)):
-        piece = buffer[: min(len(buffer), entry.stop - at)]
+def _tensor_digest(handle: int, entry: TensorEntry, path: Path) -> str:
+    total = tensor_hash()
+    buffer = memoryview(bytearray(min(PIECE_BYTES, entry.nbytes)))
+    for at in range(entry.start, entry.stop, PIECE_BYTES):
+        piece = buffer[: entry.stop - at]
         read_exactly(handle, piece, at, path)
         total.update(piece)
-    return total.hexdigest()
+    return str(total.hexdigest())
 
 
 def identity(stat: os.stat_result) -> list[int]:

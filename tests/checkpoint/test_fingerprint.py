@@ -103,6 +103,23 @@ def test_a_file_just_written_is_not_cached(tmp_path: Path, make_checkpoint: Make
 
 
 @pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("kind", [{}, {"kind": "sha256"}, {"kind": "blake4"}])
+def test_digests_of_another_kind_are_not_believed(
+    kind: dict[str, str], tmp_path: Path, make_checkpoint: Make, private_cache: Path
+) -> None:
+    folder = make_checkpoint(tmp_path / "c", TENSORS)
+    first = fingerprint(folder)
+    (file,) = (private_cache / "portllm" / "fingerprints").iterdir()
+    tree = json.loads(file.read_text())
+    del tree["kind"]
+    others = dict.fromkeys(tree["tensors"], "0" * 64)
+    file.write_text(json.dumps({**tree, "tensors": others, **kind}))
+    assert fingerprint(folder) == first
+    file.write_text(json.dumps({**tree, "tensors": others, "kind": module.KIND}))
+    assert fingerprint(folder) != first  # of our own kind they would have been
+
+
+@pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '{"identity": 3, "tensors": 4}', "\x00", "same identity, bad digests"]
 )
