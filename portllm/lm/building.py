@@ -32,9 +32,9 @@ FAMILIES = (
 BARE = "MODEL_MAPPING_NAMES"
 
 # far past any model there is; a config that asks for more would build for ever
-LAYERS = ("layer", "layers")
-MAX_LAYERS = 10_000
-MAX_PARAMETERS = 2_000_000
+COUNTS = ("layer", "layers", "labels")
+MAX_COUNT = 30_000
+MAX_PARAMETERS = 200_000
 
 
 def meta_model(base: Checkpoint, task_type: str | None = None, num_labels: int | None = None) -> PreTrainedModel:
@@ -162,13 +162,13 @@ def _silence() -> Iterator[None]:
 
 
 def _refuse_endless(base: Checkpoint, config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for a number of layers no model has: many config classes make a list of that length."""
+    """Raise CheckpointError for a number of layers or labels no model has: config classes make lists of that length."""
     for key, value in config.items():
         if isinstance(value, dict):
             _refuse_endless(base, value)
-        elif isinstance(value, int) and key.endswith(LAYERS) and value > MAX_LAYERS:
+        elif isinstance(value, int) and key.endswith(COUNTS) and value > MAX_COUNT:
             raise CheckpointError(
-                f"{base.path / 'config.json'}: expected {key} of at most {MAX_LAYERS}, found {value}; "
+                f"{base.path / 'config.json'}: expected {key} of at most {MAX_COUNT}, found {value}; "
                 "fetch the file again"
             )
 

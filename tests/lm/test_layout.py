@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,14 +16,13 @@ from portllm.checkpoint.layout import Layout
 from portllm.checkpoint.reader import Checkpoint
 from portllm.errors import CheckpointError
 from portllm.lm.layout import built
-from portllm.lm.quiet import quieten
 
-SIZES: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT: dict[str, Any] = {
-    **SIZES, "intermediate_size": 24, "num_key_value_heads": 2, "max_position_embeddings": 32,
+    "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 24, "max_position_embeddings": 32,
     "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
 }  # fmt: skip
-HEADED = {**TEXT, "head_dim": 4}
+HEADED: dict[str, Any] = {**TEXT, "head_dim": 4}
 MOE: dict[str, Any] = {**TEXT, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 LATENT: dict[str, Any] = {
     "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4,
@@ -30,17 +30,11 @@ LATENT: dict[str, Any] = {
     "first_k_dense_replace": 1, "num_key_value_heads": 4,
 }  # fmt: skip
 VISION: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 8,
-    "patch_size": 4,
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "patch_size": 4,
+    "image_size": 8,
 }  # fmt: skip
-T5: dict[str, Any] = {
-    "vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4, "pad_token_id": 0,
-    "decoder_start_token_id": 0,
-}  # fmt: skip
-BART: dict[str, Any] = {
-    "vocab_size": 32, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 32,
-}  # fmt: skip
+T5: dict[str, Any] = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+BART: dict[str, Any] = {"vocab_size": 32, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
 
 # class, settings of its config
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,11 +58,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2ForCausalLM", HEADED),
     "gemma3": ("Gemma3ForCausalLM", HEADED),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    quieten()
 
 
 @pytest.fixture
@@ -118,25 +107,17 @@ def assert_right(base: Checkpoint, layout: Layout, memory: Mapping[str, torch.Te
     for name, value in memory.items():
         kept = layout.tied.get(name, name)
         assert torch.equal(assembled(base, layout, kept, value.shape), value.detach()), name
-    own = {
-        f"{module}.{key}".lstrip("."): shape
-        for module, m in layout.modules.items()
-        for key, shape in m.parameters.items()
-    }
-    assert own == {name: tuple(value.shape) for name, value in memory.items()}
+    held = [(f"{name}.{key}", shape) for name, m in layout.modules.items() for key, shape in m.parameters.items()]
+    assert {name.lstrip("."): shape for name, shape in held} == {name: value.shape for name, value in memory.items()}
     assert layout.parts.keys() <= memory.keys()
     assert_ties(layout, memory)
 
 
 def assert_ties(layout: Layout, memory: Mapping[str, torch.Tensor]) -> None:
     """Two names are tied exactly when they are one parameter in memory."""
-    groups: dict[int, set[str]] = {}
-    for name, value in memory.items():
-        groups.setdefault(id(value), set()).add(name)
-    found: dict[str, set[str]] = {}
-    for name in memory:
-        found.setdefault(layout.tied.get(name, name), set()).add(name)
-    assert sorted(map(sorted, found.values())) == sorted(map(sorted, groups.values()))
+    for one, other in itertools.combinations(memory, 2):
+        tied = layout.tied.get(one, one) == layout.tied.get(other, other)
+        assert tied == (memory[one] is memory[other]), (one, other)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -241,19 +222,13 @@ def test_an_absent_parameter_is_found_under_the_name_given(model: str, save: Cal
 def test_a_classifier_on_a_language_model(model: str, save: Callable[..., Checkpoint]) -> None:
     base = save(*MODELS[model])
     layout = built(base, "SEQ_CLS", num_labels=3)
-    assert layout.architecture == base.config["architectures"][0].replace("LMHeadModel", "ForCausalLM").replace(
-        "CausalLM", "SequenceClassification"
-    )
+    head = "LMHeadModel" if model == "gpt2" else "ForCausalLM"
+    assert layout.architecture == MODELS[model][0].replace(head, "ForSequenceClassification")
     memory = loaded(base, layout.architecture)
     assert layout.modules["score"].parameters == {"weight": (3, memory.pop("score.weight").shape[1])}
     assert layout.absent == {"score.weight": "score.weight"}
     for name, value in memory.items():
         assert torch.equal(assembled(base, layout, name, value.shape), value.detach())
-
-
-def test_a_classifier_keeps_its_own_head(save: Callable[..., Checkpoint]) -> None:
-    base = save(*MODELS["llama classifier"])
-    assert built(base, "SEQ_CLS", num_labels=3) == built(base)
 
 
 @pytest.mark.parametrize("names", [None, ["LLaMAForCausalLM"], ["MixtralForCausalLM"]])
@@ -262,6 +237,11 @@ def test_a_config_whose_class_is_not_in_transformers(names: list[str] | None, sa
     layout = built(base)
     assert layout.architecture == "LlamaForCausalLM"
     assert_right(base, layout, loaded(base, "LlamaForCausalLM"))
+
+
+def test_a_classifier_keeps_its_own_head(save: Callable[..., Checkpoint]) -> None:
+    base = save(*MODELS["llama classifier"])
+    assert built(base, "SEQ_CLS", num_labels=3) == built(base)
 
 
 def test_a_causal_patch_on_a_bare_model_sees_the_language_model(save: Callable[..., Checkpoint]) -> None:
@@ -308,12 +288,11 @@ def test_an_operation_not_followed_leaves_its_parameters_out_by_name(
     )
     base = rewrite(base, lambda t: {k: v for k, v in t.items() if "gate_proj" not in k and "up_proj" not in k})
     layout = built(base)
-    stacks = {f"model.layers.{i}.self_attn.o_proj.weight": "through Interleave" for i in range(2)}
-    pair = [f"model.layers.{i}.mlp.{name}_proj.weight" for i in range(2) for name in ("gate", "up")]
-    chunks = dict.fromkeys(pair, "through Interleave and Chunk")
-    assert layout.opaque == stacks | chunks
-    lost = {f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
-    assert layout.parts == {k: v for k, v in whole.parts.items() if k not in layout.opaque.keys() | lost}
+    one, two = "through Interleave", "through Interleave and Chunk"
+    reasons = {"self_attn.o_proj": one, "mlp.gate_proj": two, "mlp.up_proj": two}
+    assert layout.opaque == {f"model.layers.{i}.{k}.weight": v for i in range(2) for k, v in reasons.items()}
+    gone = {*layout.opaque, "model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"}
+    assert layout.parts == {name: parts for name, parts in whole.parts.items() if name not in gone}
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -322,7 +301,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no type": ({"model_type": None}, "found None"),
     "other width": ({"intermediate_size": 28}, r"down_proj.weight is 16×28 by config.json, 16×24 in the files"),
     "grown vocabulary": ({"vocab_size": 33}, "33×16 by config.json, 32×16 in the files"),
-    "endless": ({"num_hidden_layers": 10**9}, "num_hidden_layers of at most 10000, found 1000000000"),
+    "endless": ({"num_hidden_layers": 10**9}, "num_hidden_layers of at most 30000, found 1000000000"),
+    "endless labels": ({"num_labels": 10**9}, "num_labels of at most 30000"),
     "nonsense": ({"num_attention_heads": 0}, "fetch the file again"),
     "wrong kind": ({"hidden_size": "many"}, "builds a llama config from"),
 }
@@ -336,6 +316,12 @@ def test_what_is_refused(case: str, save: Callable[..., Checkpoint]) -> None:
         built(base)
     assert "\n" not in str(caught.value)
     assert str(base.path) in str(caught.value)
+
+
+def test_a_config_without_end_is_refused(save: Callable[..., Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("portllm.lm.building.MAX_PARAMETERS", 9)
+    with pytest.raises(CheckpointError, match="more than 9 parameters"):
+        built(save(*MODELS["llama"]))
 
 
 def test_no_class_for_the_task_is_refused(save: Callable[..., Checkpoint]) -> None:
