@@ -155,7 +155,8 @@ def place(out: Path) -> str:
 
 def answer(record: Mapping[str, Any], *, as_json: bool, line: str) -> None:
     """The verb's one answer on stdout: a JSON object, or a line for people."""
-    click.echo(json.dumps(record, ensure_ascii=False) if as_json else line)
+    text = json.dumps(record, ensure_ascii=False) if as_json else line
+    click.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))  # a file name may be no UTF-8
 
 
 def measured() -> dict[str, float]:
