@@ -68,6 +68,7 @@ class _Planner:
         for module, tokens in self.patch.tokens.items():
             self._tokens(module, tokens)
         self.config |= settle(self.changes, self.patch, self.places)
+        self._whole_vocabulary()
         total = linears(self.layout) | self.modules
         return Plan(dict(sorted(self.changes.items())), len(self.modules), len(total), self.config)
 
@@ -226,6 +227,19 @@ class _Planner:
                 f"{parameter}: the patch saved {times(entry.shape)}, the base has {times(shape)}; {RELEASE}"
             )
         self.config["vocab_size"] = entry.shape[0]
+
+    def _whole_vocabulary(self) -> None:
+        """A vocabulary that grew has grown everywhere."""
+        rows, old = self.config.get("vocab_size"), self.base.config.get("vocab_size")
+        for name in self.base.where if rows is not None else ():
+            module = name.rpartition(".")[0]
+            shape = self.changes[name].shape if name in self.changes else self.base.shape(name)
+            vocabulary = self.layout.modules.get(module)
+            if (self._is_head(name) or (vocabulary and vocabulary.kind == "embedding")) and shape[:1] == (old,):
+                raise ShapeError(
+                    f"{name}: has {old} rows, the patch's vocabulary {rows}; expected one vocabulary, save the "
+                    "embedding and the head with the patch (modules_to_save)"
+                )
 
     def _is_head(self, parameter: str) -> bool:
         return parameter.rpartition(".")[0].rpartition(".")[2] in (HEAD, "embed_out")

@@ -6,12 +6,17 @@ both (off by whole units in the logits); its unmerged forward, the law here, doe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from portllm.checkpoint.patch import Patch
+from portllm.checkpoint.patch import CONFIG, Patch
+from portllm.checkpoint.patterns import WHOLE, first_matches
 from portllm.checkpoint.places import RELEASE, Places
 from portllm.checkpoint.plan import Change, disk_tensor, times
 from portllm.errors import ShapeError, UnsupportedPatchError
+
+# the names by which PEFT knows embeddings and heads (its EMBEDDING_LAYER_NAMES)
+TIED_BY_PEFT = ("embed_tokens", "lm_head")
 
 
 def settle(changes: dict[str, Change], patch: Patch, places: Places) -> dict[str, Any]:
@@ -34,10 +39,34 @@ def settle(changes: dict[str, Change], patch: Patch, places: Places) -> dict[str
 
 
 def _stays_tied(head: str, embedding: str, patch: Patch) -> bool:
-    if patch.ensure_weight_tying:
+    above, below = head.rpartition(".")[0], embedding.rpartition(".")[0]
+    if below in patch.tokens:
+        # PEFT gives the rows of trained tokens to both sides unless each has its own
+        return above not in patch.tokens
+    if not patch.ensure_weight_tying:
+        return False
+    if _tied_by_peft(patch.config):
         return True
-    # PEFT gives the rows of trained tokens to both sides unless each has its own
-    return embedding.rpartition(".")[0] in patch.tokens and head.rpartition(".")[0] not in patch.tokens
+    if _holds(patch, head) and _holds(patch, embedding):
+        raise UnsupportedPatchError(
+            f"{head}: the patch holds both sides of a tied pair, but PEFT ties only modules called "
+            f"{' or '.join(TIED_BY_PEFT)} and leaves this one out on loading; expected a patch of one side"
+        )
+    return False
+
+
+def _tied_by_peft(config: Mapping[str, Any]) -> bool:
+    """Whether ensure_weight_tying has an effect when PEFT loads this patch: by the last names of what it targets."""
+    targets, saved = config.get("target_modules") or [], config.get("modules_to_save") or []
+    names = {name.rpartition(".")[2] for name in [*saved, *([] if isinstance(targets, str) else targets)]}
+    if isinstance(targets, str):
+        matches = first_matches([targets], TIED_BY_PEFT, WHOLE, f"{CONFIG}: target_modules")
+        names |= {name for name, match in zip(TIED_BY_PEFT, matches, strict=True) if match == 0}
+    return not names.isdisjoint(TIED_BY_PEFT)
+
+
+def _holds(patch: Patch, parameter: str) -> bool:
+    return parameter in patch.replaced or parameter.rpartition(".")[0] in patch.modules
 
 
 def _keep_tied(head: str, above: str, below: str, changes: dict[str, Change], places: Places) -> None:
