@@ -1,0 +1,282 @@
+"""Thousands of mutated inputs: each is ported right or refused in one line; nothing hangs, nothing else is touched."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import struct
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from portllm.errors import PortllmError
+from portllm.params import PortParams
+from portllm.verbs import port
+
+CASES = 420
+REAL_PORTS = 12  # one case in so many is ported for real, the others dry
+HANG_CPU_SECONDS, HANG_SECONDS = 2.0, 20.0
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns of its own affairs
+
+NASTY: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 2, 3, 8, 2**31, 2**53 + 1, 2**63, 2**64, 10**30, 0.5, -0.0, 1e308, math.inf, math.nan,
+    "", ".", "..", "../x", "/", "x", "\0", "\n", "\x1b[31m", "\ud800", "\u202e", "é", "a" * 5000, "[", "(a+)+$", "none",
+    "F32", "BF16", "I64", "F4", "model.norm.weight", "lm_head", "q_proj", "model.safetensors", "all-linear", "all",
+    [], {}, [[]], [None], [0], [-1], [0, 0], [2**62, 2**62], ["q_proj"], {"": {}}, {"a": None}, {"q_proj": 2},
+)  # fmt: skip
+
+
+class Mutator:
+    """Seeded changes of bytes, of JSON, and of a safetensors file's header."""
+
+    def __init__(self, seed: str) -> None:
+        self.random = random.Random(seed)
+
+    def bytes(self, raw: bytes, reach: int) -> bytes:
+        """Some bytes among the first `reach` flipped, cut out, put in twice; or the end cut off or drawn out."""
+        data = bytearray(raw)
+        for _ in range(self.random.randint(1, 4)):
+            at = self.random.randrange(min(reach, len(data) or 1))
+            kind = self.random.randrange(6)
+            if kind < 3:
+                data[at : at + 1] = bytes([self.random.randrange(256)])
+            elif kind == 3:
+                del data[at : at + self.random.randint(1, 9)]
+            elif kind == 4:
+                data[at:at] = data[at : at + self.random.randint(1, 9)]
+            else:
+                data[self.random.randrange(len(data) + 1) :] = bytes(self.random.randrange(3))
+        return bytes(data)
+
+    def json(self, raw: bytes) -> bytes:
+        """One to three places of a JSON tree changed."""
+        tree = json.loads(raw)
+        for _ in range(self.random.choice((1, 1, 1, 2, 3))):
+            tree = self._tree(tree)
+        return json.dumps(tree).encode()
+
+    def header(self, raw: bytes) -> bytes:
+        """The same data under another header."""
+        start = 8 + struct.unpack("<Q", raw[:8])[0]
+        text = self.json(raw[8:start])
+        return struct.pack("<Q", len(text)) + text + raw[start:]
+
+    def _tree(self, tree: Any, depth: int = 0) -> Any:
+        if isinstance(tree, dict) and tree and (depth == 0 or self.random.random() < 0.6):
+            return self._object(dict(tree), depth)
+        if isinstance(tree, list) and tree and self.random.random() < 0.6:
+            at = self.random.randrange(len(tree))
+            return [*tree[:at], self._tree(tree[at], depth + 1), *tree[at + 1 :]]
+        return self._value(tree)
+
+    def _object(self, tree: dict[Any, Any], depth: int) -> Any:
+        key, other = self.random.choice(list(tree)), self.random.choice(list(tree))
+        kind = self.random.randrange(10)
+        if kind < 6:
+            tree[key] = self._tree(tree[key], depth + 1)
+        elif kind == 6:
+            del tree[key]
+        elif kind == 7:
+            tree[key], tree[other] = tree[other], tree[key]
+        elif kind == 8:
+            name = self.random.choice([value for value in NASTY if isinstance(value, str)])
+            tree[self.random.choice((name, key + name))] = tree.pop(key)
+        else:
+            tree[str(self.random.choice(NASTY))] = tree[key]
+        return tree
+
+    def _value(self, value: Any) -> Any:
+        kind = self.random.randrange(8)
+        if kind == 0 and isinstance(value, int | float):
+            return value * self.random.choice((-1, 2, 0.5, 1e30)) + self.random.choice((0, 1, -1))
+        if kind == 1:
+            return [value] * self.random.choice((1, 2, 100))
+        if kind == 2:
+            deep: Any = value
+            for _ in range(self.random.choice((2, 50, 500))):
+                deep = {"base": deep}
+            return deep
+        return self.random.choice(NASTY)
+
+
+Mutation = Callable[[Mutator, Any], tuple[Path, bytes]]
+
+
+def of_bytes(file: str) -> Mutation:
+    def mutate(mutator: Mutator, bench: Any) -> tuple[Path, bytes]:
+        path = getattr(bench, file)
+        raw = path.read_bytes()
+        return path, mutator.bytes(raw, 8 + struct.unpack("<Q", raw[:8])[0] if path.suffix == ".safetensors" else 4096)
+
+    return mutate
+
+
+def of_json(file: str) -> Mutation:
+    return lambda mutator, bench: (getattr(bench, file), mutator.json(getattr(bench, file).read_bytes()))
+
+
+def of_header(file: str) -> Mutation:
+    return lambda mutator, bench: (getattr(bench, file), mutator.header(getattr(bench, file).read_bytes()))
+
+
+def of_other_family(mutator: Mutator, bench: Any) -> tuple[Path, bytes]:
+    """The config of a family whose layout only transformers knows; it is asked, with whatever the file says."""
+    other = {**json.loads(bench.config.read_bytes()), "model_type": "seed_oss", "architectures": ["SeedOssForCausalLM"]}
+    tree = json.loads(mutator.json(json.dumps(other).encode()))
+    return bench.config, json.dumps(tree).encode()
+
+
+MUTATIONS: dict[str, Mutation] = {
+    "bytes of a shard's header": of_bytes("shard"),
+    "bytes of the adapter's header": of_bytes("adapter"),
+    "bytes of the index": of_bytes("index"),
+    "bytes of the adapter's config": of_bytes("lora"),
+    "tree of a shard's header": of_header("shard"),
+    "tree of the adapter's header": of_header("adapter"),
+    "tree of the index": of_json("index"),
+    "tree of the config": of_json("config"),
+    "tree of another family's config": of_other_family,
+    "tree of the adapter's config": of_json("lora"),
+    "tree of patch.json": of_json("record"),
+}
+
+
+# most changes of these are none to the port
+FORGIVING = {
+    "tree of the config",
+    "tree of another family's config",
+    "tree of the adapter's config",
+    "tree of patch.json",
+}
+
+
+class Guard:
+    """Hears of every file opened for writing, made, renamed or removed in this process, while it is watching."""
+
+    def __init__(self) -> None:
+        self.allowed: tuple[str, ...] = ()
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, args: tuple[Any, ...]) -> None:
+        if not self.allowed or not _writes(event, args):
+            return
+        for place in _places(event, args):
+            if not place.startswith((*self.allowed, "/dev/null")) and not place.endswith((".pyc", "__pycache__")):
+                raise AssertionError(f"{event} outside: {place}")
+
+
+def _places(event: str, args: tuple[Any, ...]) -> Iterator[str]:
+    """The absolute paths of an event; what shutil.rmtree names is below a directory it holds open."""
+    handle = args[-1] if event != "open" and isinstance(args[-1], int) and args[-1] >= 0 else None
+    folder = os.readlink(f"/proc/self/fd/{handle}") if handle is not None and event != "os.chmod" else os.getcwd()
+    for place in args[: 2 if event == "os.rename" else 1]:
+        if isinstance(place, str | bytes | os.PathLike):
+            yield os.path.normpath(os.path.join(folder, os.fsdecode(place)))
+
+
+def _writes(event: str, args: tuple[Any, ...]) -> bool:
+    if event == "open":
+        return bool((args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+    return event in (
+        "os.rename",
+        "os.mkdir",
+        "os.remove",
+        "os.rmdir",
+        "os.link",
+        "os.symlink",
+        "os.truncate",
+        "os.chmod",
+    )
+
+
+GUARD = Guard()
+
+
+@pytest.fixture
+def guard(bench: Any, private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is written but in this test's folder and cache; patterns that do not end are given up soon."""
+    monkeypatch.setattr("portllm.checkpoint.patterns.SECONDS", 0.3)
+    warm_up(bench)
+    monkeypatch.setattr(GUARD, "allowed", (str(bench.folder), str(private_cache)))
+    yield
+    GUARD.allowed = ()
+
+
+@pytest.mark.usefixtures("guard")
+@pytest.mark.parametrize("target", MUTATIONS)
+def test_right_or_refused(target: str, bench: Any) -> None:
+    bench.record = bench.patch / "patch.json"
+    made = {"name": "v0", "fingerprint": "0" * 64, "revision": None, "quantisation": None}
+    told = {"schema_version": 1, "task": "t", "base": made, "fingerprint": "1" * 64, "data": {"a/b": "c"}}
+    bench.record.write_text(json.dumps({**told, "params": {"r": 2}, "metrics": {"loss": 0.5}, "versions": {}}))
+    mutator, outcomes = Mutator(target), Counter[str]()
+    for case in range(CASES):
+        path, mutated = MUTATIONS[target](mutator, bench)
+        pristine = path.read_bytes()
+        path.write_bytes(mutated)
+        outcomes[one_port(bench, f"{target}, case {case}", real=case % REAL_PORTS == 0)] += 1
+        path.write_bytes(pristine)
+    assert outcomes["refused"] > CASES / 20, outcomes
+    assert outcomes["ported"] > CASES / 20 or target not in FORGIVING, outcomes  # else only refusals were tried
+
+
+def warm_up(bench: Any) -> None:
+    """Import what a port imports, transformers too, so that no case pays for it."""
+    pristine = bench.config.read_bytes()
+    for family in ("llama", "mixtral"):
+        bench.edit(bench.config, model_type=family)
+        with contextlib.suppress(PortllmError):
+            port.run(patch=bench.patch, onto=bench.base, out=bench.out, params=PortParams(), dry_run=True)
+    bench.config.write_bytes(pristine)
+
+
+def one_port(bench: Any, case: str, *, real: bool) -> str:
+    """Port the bench as it is now: "ported" or "refused", or an assertion fails."""
+    signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)  # anew for each case; see never_hangs
+    before, started, outcome, line = inputs(bench), time.process_time(), "refused", "none"
+    try:
+        port.run(patch=bench.patch, onto=bench.base, out=bench.out, params=PortParams(), dry_run=not real)
+        outcome = "ported"
+    except PortllmError as error:
+        line = str(error)
+    except Exception as error:
+        raise AssertionError(f"{case} ends in {error!r}") from error
+    assert line.isprintable(), case
+    assert 0 < len(line) < 1000, case
+    assert time.process_time() - started < HANG_CPU_SECONDS, case
+    assert inputs(bench) == before, case
+    assert sorted(os.listdir(bench.folder)) == (["in", "out"] if real and outcome == "ported" else ["in"]), case
+    if outcome == "ported":
+        for folder in (bench.base, bench.patch, *([bench.out] if real else [])):
+            loads(folder, case)
+        shutil.rmtree(bench.out, ignore_errors=True)
+    return outcome
+
+
+def inputs(bench: Any) -> dict[str, tuple[int, int, int]]:
+    """What tells of any change of the inputs."""
+    told = {str(path): path.lstat() for path in (bench.folder / "in").rglob("*")}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in told.items()}
+
+
+def loads(folder: Path, case: str) -> None:
+    """safetensors' own reader, which knows nothing of ours, takes every file of what was accepted or written."""
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "np") as file:
+                for name in file.keys():  # noqa: SIM118  (not a dict)
+                    assert file.get_slice(name).get_shape() is not None
+        except Exception as error:
+            raise AssertionError(f"{case}: accepted, but safetensors says of {path.name}: {error}") from error
