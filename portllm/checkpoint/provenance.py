@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import subprocess  # noqa: S404  (git is asked one fixed question)
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,10 @@ from portllm.checkpoint.fingerprint import file_digest
 
 # hub caches keep a repository's files in …/models--OWNER--NAME/snapshots/REVISION
 SNAPSHOTS = "snapshots"
+# huggingface_hub's rules for a repository's name: 96 characters, no --, no .., not ending in .git
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+_HUB_NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
+_LONGEST = 96
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -26,6 +31,12 @@ def git_commit(folder: Path | None = None) -> str | None:
     except OSError:
         return None
     return answer.stdout.strip() or None
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether the hub would take `name` as OWNER/NAME, or NAME alone."""
+    plain = len(name) <= _LONGEST and "--" not in name and ".." not in name and not name.endswith(".git")
+    return plain and _HUB_NAME.fullmatch(name) is not None
 
 
 def public_name(path: Path) -> str:

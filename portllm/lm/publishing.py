@@ -15,15 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from portllm.checkpoint.provenance import is_hub_name
 from portllm.errors import HubError, ParamsError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-# huggingface_hub's rules for a name: 96 characters, no --, no .., not ending in .git
-PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
-REPO = re.compile(rf"(?:{PART}/)?{PART}")
-LONGEST = 96
 REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 CHECKED_AT_ONCE = 500
@@ -52,7 +49,7 @@ class Destination:
 
         Raises ParamsError or HubError.
         """
-        if not REPO.fullmatch(self.repo) or self._forbidden():
+        if not is_hub_name(self.repo):
             raise ParamsError(
                 f"--push-to-hub: expected OWNER/NAME of letters, digits, '-', '_' and '.', found {self.repo[:200]!r}"
             )
@@ -87,9 +84,6 @@ class Destination:
             )  # fmt: skip
             _check_arrived(api, repo, branch, folder, files)
             return Pushed(repo, branch, str(done.oid), f"{api.endpoint}/{repo}")
-
-    def _forbidden(self) -> bool:
-        return len(self.repo) > LONGEST or "--" in self.repo or ".." in self.repo or self.repo.endswith(".git")
 
     def _check_private(self, api: HfApi, repo: str) -> None:
         if self.private and not api.model_info(repo).private:

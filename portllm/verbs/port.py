@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from portllm.checkpoint import fingerprint, provenance
-from portllm.checkpoint.card import port_card
+from portllm.checkpoint.card import Facts, port_card
 from portllm.checkpoint.derived import Old, converted
 from portllm.checkpoint.files import companions, tokenizer_files
 from portllm.checkpoint.headers import TensorEntry
@@ -91,7 +91,8 @@ def run(
             record = _write_merged(folder, lora, base, plan, record, on_progress)
         else:
             record = _write_adapter(folder, lora, base, old, record, on_progress)
-        (folder / "README.md").write_text(port_card(record), encoding="utf-8")
+        card = port_card(record, Facts.of(folder, onto, patch))
+        (folder / "README.md").write_text(card, encoding="utf-8")
         files = {**record.files, "README.md": fingerprint.file_digest(folder / "README.md")}
         record = dataclasses.replace(record, files=dict(sorted(files.items())))
         record.write(folder)

@@ -72,5 +72,5 @@ def test_the_card_is_one_the_hub_reads(record: PortRecord) -> None:
     card = ModelCard(text)
     assert card.data.base_model == ["old"]
     assert card.data.library_name == ("peft" if record.output == "adapter" else "transformers")
-    assert "1 of the base's 2 linear modules" in text
+    assert "1 of the base's 2 modules" in text
     assert ("not known" in text) == (record.trained_on is None)
