@@ -198,8 +198,9 @@ def _expect(module: str, sides: Sides, names: Sequence[str], config: Mapping[str
     expected += ["lora_magnitude_vector"] if config.get("use_dora") else []
     expected += ["lora_B.bias"] if config.get("lora_bias") and "lora_B" in names else []
     if missing := [name for name in expected if name not in sides]:
+        why = {"lora_magnitude_vector": " (use_dora)", "lora_B.bias": " (lora_bias)"}.get(missing[0], "")
         raise PatchError(
-            f"{path}: {module} has no {missing[0]}; expected {' and '.join(expected)}, the file is incomplete"
+            f"{path}: {module} has no {missing[0]}{why}; expected {' and '.join(expected)}, the file is incomplete"
         )
     if extra := [name for name in sides if name not in expected]:
         raise _foreign(sides[extra[0]].name, path, f"the config gives {module} none (use_dora, lora_bias)")

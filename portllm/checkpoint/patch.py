@@ -80,6 +80,20 @@ class Patch:
         """Whether the base's tied weights were kept tied in training."""
         return bool(self.config.get("ensure_weight_tying"))
 
+    @property
+    def beyond(self) -> str | None:
+        """What the patch does that is no Δ = s·BA added to modules, for people; None for plain LoRA."""
+        pairs = self.modules.values()
+        found = {
+            "DoRA": any(pair.magnitude for pair in pairs),
+            "lora_bias": any(pair.bias for pair in pairs),
+            "target_parameters": self.stacks,
+            "modules or biases saved whole": self.replaced,
+            "trained tokens": self.tokens,
+            f"init_lora_weights={self.init}": self.init != "plain",
+        }
+        return next((what for what, there in found.items() if there), None)
+
 
 def _weights(path: Path) -> Path:
     if (path / WEIGHTS).is_file():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from portllm.checkpoint.patch import Patch
 from portllm.checkpoint.reader import Checkpoint
-from portllm.errors import CheckpointError, DataError, PatchError, UnmatchedModulesError
+from portllm.errors import CheckpointError, DataError, PatchError, UnmatchedModulesError, UnsupportedPatchError
 from portllm.params import Params
 from portllm.reporting.evidence import missing
 
@@ -191,7 +191,8 @@ def _adapted(base: Checkpoint, old: Patch, new: Patch) -> Iterator[tuple[str, Te
         if f"{module}.weight" not in base.names:
             raise UnmatchedModulesError(f"{base.path}: has no {module}.weight, which a patch adapts")
         weight = base.read(f"{module}.weight")
-        yield module, weight.T if old.fan_in_fan_out else weight
+        pair = old.modules.get(module) or new.modules[module]
+        yield module, weight.T if old.fan_in_fan_out and pair.kind == "linear" else weight
 
 
 def _factors(patch: Patch, module: str, weight: Tensor) -> Factors:
@@ -222,4 +223,7 @@ def _release(models: Path, release: str) -> Checkpoint:
 def _patch(path: Path) -> Patch:
     if not path.is_dir():
         raise missing(path, "train")
-    return Patch.open(path)
+    patch = Patch.open(path)
+    if patch.beyond:
+        raise UnsupportedPatchError(f"{path}: has {patch.beyond}, expected plain LoRA, whose updates can be compared")
+    return patch

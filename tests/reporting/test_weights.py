@@ -30,8 +30,10 @@ def patch(models: Path, name: str, *, rank: int, module: str = "model.layers.0.q
     folder.mkdir(parents=True)
     factors = {"lora_A": torch.randn(rank, 4), "lora_B": torch.randn(6, rank)}
     tensors = {f"base_model.model.{module}.{side}.weight": x for side, x in factors.items()}
+    if config.get("use_dora"):
+        tensors[f"base_model.model.{module}.lora_magnitude_vector"] = torch.ones(6)
     save_file(tensors, folder / "adapter_model.safetensors")
-    known = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj"]}
+    known = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj", "k_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps({**known, **config}))
 
 
@@ -109,4 +111,4 @@ def test_what_is_not_plain_lora_on_the_base_is_said(tmp_path: Path, what: Mappin
     patch(tmp_path, "v1", rank=2)
     (found,) = weights.residuals(PARAMS, tmp_path)
     assert isinstance(found, Unmeasured)
-    assert "use_dora" in found.reason or "has no model.layers.9.q_proj.weight" in found.reason
+    assert "has DoRA, expected plain LoRA" in found.reason or "has no model.layers.9.q_proj.weight" in found.reason

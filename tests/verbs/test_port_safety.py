@@ -238,7 +238,7 @@ BAD: dict[str, tuple[Callable[[Bench], object], str]] = {
     ),
     "NaN": (lambda b: lora_on(b, QUERY, A * float("nan"), B), "lora_A.weight holds NaN"),
     "overflow": (lambda b: lora_on(b, QUERY, A * HUGE, B * HUGE), "q_proj.weight plus the patch is not finite in F32"),
-    "DoRA": (lambda b: edit(b.patch / CONFIG, use_dora=True), "use_dora=True is not supported"),
+    "DoRA": (lambda b: edit(b.patch / CONFIG, use_dora=True), r"has no lora_magnitude_vector \(use_dora\)"),
     "IA3": (lambda b: edit(b.patch / CONFIG, peft_type="IA3"), "IA3"),
     "a quantised base": (quantised, "quantised.*gptq"),
     "a tied head": (tied_head, "ties its head"),
