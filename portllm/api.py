@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from portllm.checkpoint.fingerprint import file_digest
-from portllm.checkpoint.manifest import made_before
-from portllm.checkpoint.plan import Plan
-from portllm.checkpoint.proof import Sample
 from portllm.checkpoint.records import PortRecord
 from portllm.lm.hub import resolve
 from portllm.lm.publishing import Destination, Pushed
 from portllm.params import EvaluateParams, PortParams
-from portllm.verbs import evaluate as evaluate_verb
-from portllm.verbs import fingerprint as fingerprint_verb
 from portllm.verbs import port as port_verb
-from portllm.verbs import verify as verify_verb
+
+if TYPE_CHECKING:
+    from portllm.checkpoint.plan import Plan
+    from portllm.verbs.evaluate import Evaluation
+    from portllm.verbs.verify import VerifyRecord
 
 Name = str | Path
 
@@ -72,6 +70,8 @@ def port_or_keep(
     """`port` without the hub; where `keep`, an `out` that is this very port already, unchanged, is left as it is."""
     patch, onto = resolve(patch), resolve(onto)
     if keep and not force and not dry_run:
+        from portllm.checkpoint.manifest import made_before
+
         made = made_before(Path(out), patch=patch, onto=onto, params=params)
         if made is not None:
             return made
@@ -90,6 +90,8 @@ def port_or_keep(
 
 def push(hub: Destination, out: Path, record: PortRecord) -> Pushed:
     """Upload every file that port.json names, and port.json. Raises HubError; `out` stays as it is."""
+    from portllm.checkpoint.fingerprint import file_digest
+
     return hub.push(out, {**record.files, PortRecord.FILE: file_digest(out / PortRecord.FILE)})
 
 
@@ -102,12 +104,15 @@ def verify(
     sample: int | None = 8,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
-) -> verify_verb.VerifyRecord:
+) -> VerifyRecord:
     """Prove that the ported `folder` is what its port.json says and, given base and patch, what these two make.
 
     `sample` changed tensors, chosen by `seed`, are computed again from scratch; None: all. Raises PortllmError, which
     names the first file or tensor that differs.
     """
+    from portllm.checkpoint.proof import Sample
+    from portllm.verbs import verify as verify_verb
+
     return verify_verb.run(
         folder=resolve(folder),
         onto=None if onto is None else resolve(onto),
@@ -126,8 +131,10 @@ def evaluate(
     patches: Sequence[Name] = (),
     data: Name = "data",
     params: EvaluateParams | None = None,
-) -> evaluate_verb.Evaluation:
+) -> Evaluation:
     """Score `model` and `patches` over it on `tasks` and write `out` (JSON). Raises PortllmError."""
+    from portllm.verbs import evaluate as evaluate_verb
+
     return evaluate_verb.run(
         model=resolve(model),
         tasks=tasks,
@@ -140,4 +147,6 @@ def evaluate(
 
 def fingerprint(path: Name) -> str:
     """One hex digest of the tensors of a checkpoint or patch. Raises PortllmError."""
+    from portllm.verbs import fingerprint as fingerprint_verb
+
     return fingerprint_verb.run(path=resolve(path))

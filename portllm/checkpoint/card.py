@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from portllm.checkpoint.headers import Header, read_header
+from portllm.checkpoint.headers import Header, open_input, read_header
 from portllm.checkpoint.provenance import is_hub_name
 from portllm.checkpoint.reader import read_json_object
 from portllm.checkpoint.records import PatchRecord, PortRecord, Source
 from portllm.checkpoint.serving import VERSION, serving
+from portllm.errors import CheckpointError
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # front matter is read as lines, not as YAML: only a plain word after the key is believed
@@ -245,9 +246,9 @@ def _task(facts: Facts) -> tuple[str, str | None]:
 def _license(card: Path) -> dict[str, str]:
     """The licence in the front matter of the base's card, where it is a plain word."""
     try:
-        with card.open("rb") as file:
+        with open_input(card) as file:
             lines = file.read(FRONT_BYTES).decode("utf-8", "replace").splitlines()
-    except OSError:
+    except (OSError, CheckpointError):
         return {}
     if not lines or lines[0].rstrip() != "---" or "---" not in (closed := [line.rstrip() for line in lines[1:]]):
         return {}

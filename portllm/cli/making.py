@@ -14,6 +14,7 @@ from portllm.cli.running import Common, answer, measured, place, stage
 
 if TYPE_CHECKING:
     from portllm.checkpoint.plan import Plan
+    from portllm.checkpoint.records import PortRecord
 
 
 @click.command(short_help="A task's data, or a release's corpus.")
@@ -214,21 +215,27 @@ def port(
         )  # fmt: skip
         running.cost.update(release=out.parent.name, task=record.task, trainable_parameters=0)
         running.finish(**({} if dry_run else of_port(record, out)))
-    told: dict[str, Any] = {
+    told, line = _of_port(record, out, running.bytes_done)
+    if dry_run:
+        told["plan"] = plans.as_json(planned[0])
+        line = "\n".join(plans.lines(planned[0], record))
+    elif hub is not None:
+        pushed = api.push(hub, out, record)
+        told["pushed"] = dataclasses.asdict(pushed)
+        line = f"{line}\n{pushed.url}: every file arrived (branch {pushed.revision}, commit {pushed.commit[:12]})"
+    answer(told, as_json=opts.as_json, line=line)
+
+
+def _of_port(record: PortRecord, out: Path, nbytes: int) -> tuple[dict[str, Any], str]:
+    """What `port` answers: as JSON, and in a line for people."""
+    matched, changed = record.modules["matched"], record.tensors["changed"]
+    told = {
         "out": str(out), "as": record.output, "method": record.method, "scale": record.scale,
-        "modules": record.modules, "tensors": record.tensors, "bytes": running.bytes_done, **measured(),
+        "modules": record.modules, "tensors": record.tensors, "bytes": nbytes, **measured(),
         "base": {"fingerprint": record.base.fingerprint},
         "patch": {
             "fingerprint": record.patch.fingerprint,
             "trained_on": record.trained_on.fingerprint if record.trained_on else None,
         },
     }  # fmt: skip
-    matched, changed = record.modules["matched"], record.tensors["changed"]
-    line = f"{out}: {matched} of {record.modules['total']} modules, {changed} tensors changed"
-    if dry_run:
-        told["plan"] = plans.as_json(planned[0])
-        line = "\n".join(plans.lines(planned[0], record))
-    elif hub is not None:
-        told["pushed"] = dataclasses.asdict(pushed := api.push(hub, out, record))
-        line = f"{line}\n{pushed.url}: every file arrived (branch {pushed.revision}, commit {pushed.commit[:12]})"
-    answer(told, as_json=opts.as_json, line=line)
+    return told, f"{out}: {matched} of {record.modules['total']} modules, {changed} tensors changed"

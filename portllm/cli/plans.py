@@ -31,18 +31,18 @@ def lines(plan: Plan, record: PortRecord) -> Iterator[str]:
         yield f"config.json: {_plain(key)} = {_plain(json.dumps(value, ensure_ascii=False))}"
     kinds = Counter(_plain(row["change"]) for row in rows)
     counted = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
-    copied = plan_copies(plan, record)
+    copied = _copies(record)
     yield (
         f"dry run: {len(rows)} tensors would change ({counted or 'none'}), {copied}; "
         f"{record.modules['matched']} of {record.modules['total']} modules; nothing was written"
     )
 
 
-def plan_copies(plan: Plan, record: PortRecord) -> str:
+def _copies(record: PortRecord) -> str:
     """What would be copied, in words: as an adapter the patch itself, whatever a merge would change."""
     if record.output == "adapter":
         return "as an adapter they stay in the patch, which is copied"
-    return f"{record.tensors.get('copied', 0)} would be copied" + (" as they are" if not plan.config else "")
+    return f"{record.tensors.get('copied', 0)} would be copied"
 
 
 def folded(names: Sequence[str]) -> str:
