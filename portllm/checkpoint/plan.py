@@ -118,10 +118,13 @@ def check_saved(patch: Patch, layout: Layout, base: Checkpoint, old: Checkpoint 
     for parameter, entry in patch.saved.items():
         name = disk_tensor(f"{parameter}.weight", layout)
         if name is None or entry.shape != base.shape(name):
-            found = "no such weight" if name is None else times(base.shape(name))
+            found, hint = "no such weight", "is this a release of the base it was trained on?"
+            if name is not None:
+                found = times(base.shape(name))
+                if entry.shape[1:] == base.shape(name)[1:] and entry.shape[0] > base.shape(name)[0]:
+                    hint = "where a vocabulary grew, save embedding and head with the patch (modules_to_save)"
             raise ShapeError(
-                f"{parameter}: the patch carries a base weight of {times(entry.shape)}, {base.path} has {found}; "
-                "is this a release of the base it was trained on?"
+                f"{parameter}: the patch carries a base weight of {times(entry.shape)}, {base.path} has {found}; {hint}"
             )
         origins = [c for c in (base, old) if c is not None and name in c.where]
         if not any(equal_values((patch.header.path, entry), (c.where[name].path, c.entry(name))) for c in origins):

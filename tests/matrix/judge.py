@@ -54,6 +54,19 @@ class Case:
         """The architecture by its name."""
         return ARCHITECTURES[self.architecture]
 
+    @property
+    def changed_config(self) -> Mapping[str, Any]:
+        """What the port changes of config.json: what the case says, and the class of a classifier."""
+        if TASKS[self.arch.auto] != "SEQ_CLS":
+            return self.config
+        labels = [f"LABEL_{i}" for i in range(LABELS)]
+        return {
+            **self.config,
+            "architectures": ["LlamaForSequenceClassification"],
+            "id2label": {str(i): label for i, label in enumerate(labels)},
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
+
     def __str__(self) -> str:
         return f"{self.architecture}-{self.feature}"
 

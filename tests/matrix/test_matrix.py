@@ -16,7 +16,6 @@ from portllm.verbs import port
 from tests.matrix import judge
 from tests.matrix.cases import CASES, NARROW
 from tests.matrix.judge import NEW, OLD, Bench, Case
-from tests.matrix.pending import PENDING
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and peft warn of their own affairs
 
@@ -25,16 +24,10 @@ REFUSED = [case for case in CASES if case.refused is not None]
 
 
 def ported(case: Case, bench: Bench, patch: Path, out: Path, dtype: torch.dtype = torch.float32, **more: str) -> None:
-    """Port onto the new base. A case still pending may be refused, leaving nothing; no case may be wrong."""
+    """Port onto the new base, with the old one at hand where the case says so."""
     source = bench.base(case.architecture, OLD) if case.source else None
     onto = bench.base(case.architecture, NEW, dtype)
-    try:
-        port.run(patch=patch, onto=onto, out=out, params=PortParams(**more), source=source)
-    except PortllmError as error:
-        assert not out.exists()
-        if str(case) in PENDING and case.refused is None:
-            pytest.xfail(f"pending: {error}")
-        raise
+    port.run(patch=patch, onto=onto, out=out, params=PortParams(**more), source=source)
 
 
 @pytest.mark.parametrize("case", RIGHT, ids=str)
@@ -53,7 +46,7 @@ def test_right(case: Case, bench: Bench, tmp_path: Path) -> None:
     assert judge.differing(base, model) == names
     judge.assert_files(new, out)
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (new, out))
-    assert {**before, **case.config} == after
+    assert {**before, **case.changed_config} == after
 
     ported(case, bench, patch, tmp_path / "adapter", as_="adapter")
     again = bench.tuned(case, tmp_path / "adapter", plain=True)
@@ -64,7 +57,7 @@ def test_right(case: Case, bench: Bench, tmp_path: Path) -> None:
 def test_refused(case: Case, bench: Bench, tmp_path: Path) -> None:
     patch, _ = bench.patches(case, tmp_path)
     present = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(PortllmError, match=None if str(case) in PENDING else case.refused) as caught:
+    with pytest.raises(PortllmError, match=case.refused) as caught:
         ported(case, bench, patch, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == present
@@ -82,14 +75,14 @@ def test_narrow_weights_are_the_exact_ones_rounded_once(
     found = case.arch.auto_class.from_pretrained(out).state_dict()
     assert found.keys() == exact.keys()
     for name, weight in exact.items():
-        assert found[name].dtype == dtype, name
-        assert torch.equal(found[name], round_once(weight, dtype)), name
-    # what is left is the rounding of the weights, small beside what the patch does
+        assert torch.equal(found[name].to(dtype), round_once(weight, dtype)), name  # gpt_oss loads norms as float32
+    assert {tensor.dtype for shard in judge.shards(out).values() for tensor in shard.values()} == {dtype}
     moved = (expected - bench.bare(case.architecture, dtype)).abs().max().item()
-    assert_close(judge.logits(judge.load(case.arch, out)), expected, rtol=0, atol=0.03 * moved)
+    if not case.arch.experts:  # a router's choice may turn on a rounding
+        # what is left is the rounding of the weights, small beside what the patch does
+        assert_close(judge.logits(judge.load(case.arch, out)), expected, rtol=0, atol=0.03 * moved)
 
 
-def test_no_case_stands_twice_and_every_pending_one_exists() -> None:
+def test_no_case_stands_twice() -> None:
     names = [str(case) for case in CASES]
     assert len(names) == len(set(names))
-    assert set(names) >= PENDING
