@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from portllm import params
-from portllm.cli import main
+from portllm.cli import main, running
 
 HEAVY = (
     "accelerate", "datasets", "dvc", "huggingface_hub", "jinja2", "lm_eval", "matplotlib", "mlflow", "numpy", "pandas",
@@ -138,3 +138,18 @@ def test_every_scalar_of_a_section_has_its_flag() -> None:
         assert f"--{key.replace('_', '-')}" in flags
     for key in params.as_tree(params.TrainParams().lora):
         assert f"--lora-{key.replace('_', '-')}" in flags
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter((0.0, 1.0, 6.0, 6.0, 7.0))
+    monkeypatch.setattr("portllm.cli.running.time.monotonic", lambda: next(clock, 8.0))
+    shown = running.Stage("port", running.Settings(), None)
+    shown.bytes(1, 4_000_000_000)
+    shown.bytes(1_000_000_000, 4_000_000_000)
+    shown.bytes(2_000_000_000, 4_000_000_000)
+    assert capsys.readouterr().err == "port: 1.00/4.00 GB (167 MB/s, 18 s left)\n"
+    silent = running.Stage("port", running.Settings(quiet=True), None)
+    silent.bytes(1, 2)
+    assert capsys.readouterr().err == ""

@@ -80,7 +80,7 @@ class Stage:
         self._settings = settings
         self.tracker = tracker
         self._bar: Any = None
-        self._shown_at = time.monotonic()
+        self._started_at = self._shown_at = time.monotonic()
         self.cost: dict[str, Any] = {}
         self.bytes_done = 0
 
@@ -91,18 +91,27 @@ class Stage:
         if sys.stderr.isatty():
             self._advance(done, total, note, unit)
         elif time.monotonic() - self._shown_at >= PLAIN_SECONDS:
-            self.part(done, total, note, unit=unit)
+            self.part(done, total, f"{note} {self._pace(done, total, unit)}", unit=unit)
 
     def part(self, done: int, total: int, note: str = "", *, unit: str = "") -> None:
         """Say in a plain line that `done` of `total` is done, for work that shows bars of its own."""
         self._shown_at = time.monotonic()
         if not self._settings.quiet:
-            click.echo(" ".join(f"{self._verb}: {done}/{total} {unit} {note}".split()), err=True)
+            counted = f"{done / 1e9:.2f}/{total / 1e9:.2f} GB" if unit == "B" else f"{done}/{total} {unit}"
+            click.echo(" ".join(f"{self._verb}: {counted} {note}".split()), err=True)
 
     def bytes(self, done: int, total: int) -> None:
         """`progress`, counted in bytes."""
         self.bytes_done = done
         self.progress(done, total, unit="B")
+
+    def _pace(self, done: int, total: int, unit: str) -> str:
+        """Rate and remaining time, as the bar shows them."""
+        rate = done / max(time.monotonic() - self._started_at, 1e-9)
+        if rate <= 0:
+            return ""
+        speed = f"{rate / 1e6:.0f} MB/s" if unit == "B" else f"{rate:.1f} {unit}/s"
+        return f"({speed}, {(total - done) / rate:.0f} s left)"
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Hand metrics of one step to the tracker."""
@@ -136,6 +145,8 @@ def stage(verb: str, *, name: str, section: Any, opts: Common, always: bool = Fa
         # the libraries' own bars would fill a log file; ours become plain lines
         os.environ.setdefault("TQDM_DISABLE", "1")
     settings = click.get_current_context().find_object(Settings) or Settings()
+    if settings.quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _follow_parent()
     root = Path(os.environ.get(DVC_ROOT, "."))
     flat = params.as_tree(section) if section is not None else {}
