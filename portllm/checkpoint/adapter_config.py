@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,7 +50,8 @@ def matched(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, bool
         hits = _hits(config, targets, modules)
     else:
         known = frozenset(targets or ())
-        hits = [_listed(module, known) and _in_layers(config, module, known) for module in modules]
+        in_layers = _layer_test(config)
+        hits = [module in known or (_listed(module, known) and in_layers(module)) for module in modules]
     return {m: hit and not out for m, hit, out in zip(modules, hits, excluded, strict=True)}
 
 
@@ -62,25 +63,14 @@ def all_linear(config: Mapping[str, Any]) -> bool:
 
 def saved_whole(config: Mapping[str, Any], parameter: str) -> bool:
     """Whether the parameter is in a module of modules_to_save, which PEFT matches by the end of a module's name."""
-    names = config.get("modules_to_save") or []
-    return any(owner.endswith(name) for owner in _owners(parameter) for name in names)
+    names = tuple(config.get("modules_to_save") or ())
+    return any(owner.endswith(names) for owner in _owners(parameter))
 
 
-def may_target(config: Mapping[str, Any], owner: str) -> list[str]:
-    """The parameters of `owner`, by their own names, that target_parameters can mean."""
-    found: dict[str, None] = {}
-    for target in config.get("target_parameters") or []:
-        module, _, name = target.rpartition(".")
-        if not module or owner == module or owner.endswith(f".{module}"):
-            found[name] = None
-    return list(found)
-
-
-def targeted(
-    config: Mapping[str, Any], owner: str, parameters: Sequence[str], stack: Sequence[LoraPair]
-) -> tuple[str, ...]:
-    """The parameter that each pair of `stack` (outermost first) is for; see `stack_pairs`."""
-    return tuple(name for name, _ in stack_pairs(config, owner, parameters, stack))
+def with_parameters(config: Mapping[str, Any], owners: Collection[str]) -> set[str]:
+    """Which of these modules target_parameters can mean; one that names no module can mean any."""
+    modules = {target.rpartition(".")[0] for target in config.get("target_parameters") or ()}
+    return {owner for owner in owners if "" in modules or _listed(owner, modules)}
 
 
 def stack_pairs(
@@ -187,18 +177,24 @@ def _excluded(config: Mapping[str, Any], modules: Sequence[str]) -> list[bool]:
     else:
         known = frozenset(exclude)
         out = [_listed(module, known) for module in modules]
-    whole = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in names_of(config, "modules_to_save")]
-    return [found or any(test.match(m) for test in whole) for found, m in zip(out, modules, strict=True)]
+    whole = names_of(config, "modules_to_save")
+    if not whole:
+        return out
+    test = re.compile(rf"(^|.*\.)(?:{'|'.join(whole)})($|\..*)")
+    return [found or test.match(module) is not None for found, module in zip(out, modules, strict=True)]
 
 
-def _in_layers(config: Mapping[str, Any], module: str, targets: Collection[str]) -> bool:
-    """PEFT's layers_to_transform; a module that target_modules names in full passes whatever its layer."""
+def _layer_test(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """PEFT's layers_to_transform: whether a module is in one of those layers. Names given in full need not be."""
     layers = config.get("layers_to_transform")
-    if layers is None or layers == [] or module in targets:
-        return True
-    patterns = names_of(config, "layers_pattern")
-    tests = [re.compile(rf"(?:^|.*?\.){name}\.(\d+)\.") for name in patterns] or [LAYER]
-    found = next((match for test in tests if (match := test.match(module))), None)
-    if found is None:
-        return False
-    return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+    if layers is None or layers == []:
+        return lambda _: True
+    wanted = frozenset([layers] if isinstance(layers, int) else layers)
+    names = names_of(config, "layers_pattern")
+    tests = [re.compile(rf"(?:^|.*?\.){name}\.(\d+)\.") for name in names] or [LAYER]
+
+    def test(module: str) -> bool:
+        found = next((match for test in tests if (match := test.match(module))), None)
+        return found is not None and int(found[1]) in wanted
+
+    return test

@@ -16,7 +16,7 @@ from portllm.errors import PatchError, UnsupportedPatchError
 
 CONFIG = "adapter_config.json"
 MAX_BYTES = 8 << 20
-MAX_NAMES, MAX_CHARACTERS = 1000, 1000  # of modules_to_save and layers_pattern, each tried on every module
+MAX_NAMES, MAX_CHARACTERS = 500, 200  # of modules_to_save and layers_pattern, each tried on every module
 
 Init = Literal["plain", "pissa", "olora"]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from portllm.checkpoint.adapter_config import OUTPUTS, all_linear, matched, may_target, saved_whole, scalings
+from portllm.checkpoint.adapter_config import OUTPUTS, all_linear, matched, saved_whole, scalings, with_parameters
 from portllm.checkpoint.adapter_schema import CONFIG
 from portllm.checkpoint.headers import Header, TensorEntry
 from portllm.checkpoint.pairs import LoraPair, TokenRows
@@ -95,24 +95,31 @@ def _split(config: Mapping[str, Any], header: Header) -> tuple[dict[str, Sides],
 def _pair_up(config: Mapping[str, Any], sides: Mapping[str, Sides], contents: Contents, path: Path) -> None:
     levels = _levels(sides, path)
     hits = matched(config, list(levels))
-    single = [owner for owner, found in levels.items() if hits[owner] and set(found) == {0}]
+    flat = {owner: found[0] for owner, found in levels.items() if set(found) == {0}}
+    single = {owner for owner in flat if hits[owner]}
     if all_linear(config):  # which leaves embeddings out
-        single = [owner for owner in single if "lora_embedding_A" not in levels[owner][0]]
-    ranks = scalings(config, single)
-    for owner in sorted(levels):
-        if owner in ranks:
-            contents.modules[owner] = _pair(owner, levels[owner][0], ranks[owner], config, path)
-        elif may_target(config, owner):
-            contents.stacks[owner] = _stack(owner, levels[owner], config, path)
-    _follow_ties(config, {o: found[0] for o, found in levels.items() if 0 in found}, contents, path)
-    left = sorted(levels.keys() - contents.modules.keys() - contents.stacks.keys())
-    if left:
-        entry = next(iter(next(iter(levels[left[0]].values())).values()))
-        raise _foreign(
-            entry.name,
-            path,
-            f"the config gives {left[0]} no LoRA (target_modules, exclude_modules, layers_to_transform)",
-        )
+        single -= {owner for owner in single if "lora_embedding_A" in flat[owner]}
+    stacked = with_parameters(config, levels.keys() - single)
+    left = sorted(levels.keys() - single - stacked)
+    known = scalings(config, sorted(flat.keys() - stacked))
+    for owner in sorted(single):
+        contents.modules[owner] = _pair(owner, flat[owner], known[owner], config, path)
+    for owner in sorted(stacked):
+        contents.stacks[owner] = _stack(owner, levels[owner], path)
+    embeddings = {pair.shape for pair in contents.modules.values() if pair.kind == "embedding"}
+    for owner in left:
+        # with ensure_weight_tying PEFT gives a tied head the embedding's factors, whatever target_modules says of it
+        pair = _pair(owner, flat[owner], known[owner], config, path) if owner in flat and _ties(config) else None
+        if pair is None or pair.kind != "linear" or pair.shape not in embeddings:
+            name = next(iter(next(iter(levels[owner].values())).values())).name
+            why = "(target_modules, exclude_modules, layers_to_transform)"
+            raise _foreign(name, path, f"the config gives {owner} no LoRA {why}")
+        contents.modules[owner] = pair
+        contents.follows_tie.add(owner)
+
+
+def _ties(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("ensure_weight_tying"))
 
 
 def _levels(sides: Mapping[str, Sides], path: Path) -> dict[str, dict[int, Sides]]:
@@ -129,18 +136,6 @@ def _levels(sides: Mapping[str, Sides], path: Path) -> dict[str, dict[int, Sides
             )
         levels[owner][depth] = parts
     return dict(levels)
-
-
-def _follow_ties(config: Mapping[str, Any], sides: Mapping[str, Sides], contents: Contents, path: Path) -> None:
-    """With ensure_weight_tying PEFT gives a tied head the embedding's factors, whatever target_modules says of it."""
-    embeddings = [pair for pair in contents.modules.values() if pair.kind == "embedding"]
-    if not config.get("ensure_weight_tying") or not embeddings:
-        return
-    for owner in sorted(sides.keys() - contents.modules.keys() - contents.stacks.keys()):
-        pair = _pair(owner, sides[owner], scalings(config, [owner])[owner], config, path)
-        if pair.kind == "linear" and any(pair.shape == other.shape for other in embeddings):
-            contents.modules[owner] = pair
-            contents.follows_tie.add(owner)
 
 
 def _pair(module: str, sides: Sides, known: tuple[int, float], config: Mapping[str, Any], path: Path) -> LoraPair:
@@ -164,14 +159,12 @@ def _pair(module: str, sides: Sides, known: tuple[int, float], config: Mapping[s
     return pair
 
 
-def _stack(owner: str, levels: Mapping[int, Sides], config: Mapping[str, Any], path: Path) -> tuple[LoraPair, ...]:
+def _stack(owner: str, levels: Mapping[int, Sides], path: Path) -> tuple[LoraPair, ...]:
     """The pairs of a module's parameters, outermost wrapper first.
 
-    Which parameter each is for depends on the order of the base's (adapter_config.stack_pairs). Where the parameters
-    that it may be for differ in rank or scaling, both are unknown until then: rank 1 and a scaling of NaN.
+    Which parameter each is for, and so its rank and scaling, depends on the order of the base's: until
+    adapter_config.stack_pairs is asked, the rank is 1 and the scaling NaN.
     """
-    known = set(scalings(config, [f"{owner}.{name}" for name in may_target(config, owner)]).values())
-    rank, scale = next(iter(known)) if len(known) == 1 else (1, float("nan"))
     pairs = []
     for depth in range(len(levels)):
         if depth not in levels:
@@ -183,12 +176,12 @@ def _stack(owner: str, levels: Mapping[int, Sides], config: Mapping[str, Any], p
         _expect(name, sides, ("lora_A", "lora_B"), {}, path)
         a, b = sides["lora_A"], sides["lora_B"]
         _check_factors(name, ("lora_A", "lora_B"), a, b, path)
-        if a.shape[0] != b.shape[1] or a.shape[0] % rank:
+        if a.shape[0] != b.shape[1]:
             raise ShapeError(
-                f"{name}: lora_A is {times(a.shape)} and lora_B is {times(b.shape)}, expected a multiple of r={rank} "
-                f"between them ({CONFIG}); was the patch saved whole?"
+                f"{name}: lora_A is {times(a.shape)} and lora_B is {times(b.shape)}, expected one rank between them; "
+                "was the patch saved whole?"
             )
-        pairs.append(LoraPair(owner, "parameter", path, a, b, rank, scale))
+        pairs.append(LoraPair(owner, "parameter", path, a, b, 1, float("nan")))
     return tuple(pairs)
 
 
@@ -227,7 +220,7 @@ def _check_factors(module: str, names: Sequence[str], a: TensorEntry, b: TensorE
 
 
 def _place(name: str, entry: TensorEntry, config: Mapping[str, Any], contents: Contents, path: Path) -> None:
-    if match := TOKENS.fullmatch(name):
+    if (match := TOKENS.fullmatch(name)) and match["module"] not in contents.modules.keys() | contents.stacks.keys():
         contents.tokens[match["module"]] = _token_rows(match["module"], entry, config, path)
     elif saved_whole(config, name) and not IDLE.fullmatch(name):
         contents.replaced[name] = entry
@@ -235,7 +228,7 @@ def _place(name: str, entry: TensorEntry, config: Mapping[str, Any], contents: C
         contents.idle[name] = entry
     elif match := WRAPPED.fullmatch(name):
         _wrapped(match["module"], match["leaf"], entry, config, contents, path)
-    elif ".lora_" in name:
+    elif ".lora_" in name or ".trainable_tokens_" in name:
         raise _foreign(entry.name, path, "expected lora_A, lora_B, lora_embedding_A, ... without an adapter's name")
     elif name.endswith(".bias"):
         _bias(name, entry, config, contents, path)
@@ -247,9 +240,10 @@ def _wrapped(
     module: str, leaf: str, entry: TensorEntry, config: Mapping[str, Any], contents: Contents, path: Path
 ) -> None:
     """A base parameter of a module that PEFT wrapped: a trained bias, or a copy of its weight."""
-    lora = module in contents.modules or module in contents.stacks
-    if not (module in contents.tokens if ".token_adapter." in entry.name else lora):
-        raise _foreign(entry.name, path, f"{module} has no LoRA in the file")
+    depth = 1 if module in contents.modules else len(contents.stacks.get(module, ()))
+    lora, found = depth > 0, entry.name.count(NEST)
+    if not (module in contents.tokens and found == 1 if ".token_adapter." in entry.name else lora and found == depth):
+        raise _foreign(entry.name, path, f"{module} has {depth} of LoRA's wrappers in the file")
     if leaf == "weight":
         contents.saved[f"{module}.weight"] = entry
     elif config.get("bias") == "all" or (config.get("bias") == "lora_only" and lora):

@@ -1,7 +1,7 @@
 """Regular expressions from a file, matched as PEFT matches them, in bounded time.
 
-A pattern can take longer than the age of the universe, and Python cannot interrupt one. So patterns that are plain
-names are matched here, and all others in a process of their own, which is ended after a while.
+A pattern can take longer than the age of the universe, and Python cannot interrupt one. So patterns that are little
+more than names are matched here, and all others in a process of their own, which is ended after a while.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from portllm.errors import PatchError
 
 MAX_CHARACTERS = 65_536
-MAX_COMPARISONS = 2_000_000  # in this process; about a second
+MAX_STEPS = 100_000_000  # in this process, if every one counted; about a second
 SECONDS = 10.0
 
 PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)+")
+SIMPLE = re.compile(r"\^?(?:\.\*|\\d\+|[\w-]|\\?\.)+")  # repeats, but none in a group: polynomial time
+REPEAT = re.compile(r"\.\*|\\d\+")
 
 WHOLE = "{}"  # re.fullmatch: target_modules and exclude_modules
 TAIL = r"(.*\.)?({})$"  # re.match: keys of rank_pattern and alpha_pattern, the name or its tail after a dot
@@ -40,11 +42,19 @@ def first_matches(patterns: Sequence[str], names: Sequence[str], form: str, wher
         return [-1] * len(names)
     for pattern in patterns:
         _check(pattern, form, where)
-    plain = all(PLAIN.fullmatch(pattern) for pattern in patterns)
-    if plain and len(patterns) * len(names) <= MAX_COMPARISONS:
+    if _steps(patterns, names) <= MAX_STEPS:
         tests = [re.compile(form.format(pattern)) for pattern in patterns]
         return [_first(tests, name, whole=form == WHOLE) for name in names]
     return _elsewhere([form.format(pattern) for pattern in patterns], names, form == WHOLE, where)
+
+
+def _steps(patterns: Sequence[str], names: Sequence[str]) -> float:
+    """At most how many steps the patterns take on the names: length to the power of repeats, were each to backtrack."""
+    if not all(SIMPLE.fullmatch(pattern) for pattern in patterns):
+        return float("inf")
+    longest = max(map(len, names))
+    repeats = (min(len(REPEAT.findall(pattern)), 8) for pattern in patterns)
+    return len(names) * sum(float(longest) ** (1 + count) for count in repeats)
 
 
 def _first(tests: Sequence[re.Pattern[str]], name: str, *, whole: bool) -> int:

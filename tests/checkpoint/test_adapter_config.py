@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portllm.checkpoint.adapter_config import matched, may_target, saved_whole, scalings
+from portllm.checkpoint.adapter_config import matched, saved_whole, scalings, with_parameters
 from portllm.errors import PatchError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # importing peft warns
@@ -127,8 +127,12 @@ def test_modules_to_save_are_matched_by_the_end_of_a_name() -> None:
     assert not saved_whole({}, "lm_head.weight")
 
 
+OWNERS = ["layers.0.mlp.experts", "layers.0.mlp", "moreexperts", "experts"]
+
+
 def test_a_parameter_without_its_module_may_be_anywhere() -> None:
     config = {"target_parameters": ["experts.down_proj", "gate_up_proj", "layers.0.mlp.experts.gate_up_proj"]}
-    assert may_target(config, "layers.0.mlp.experts") == ["down_proj", "gate_up_proj"]
-    assert may_target(config, "layers.0.mlp") == ["gate_up_proj"]
-    assert may_target({"target_parameters": ["experts.down_proj"]}, "moreexperts") == []
+    assert with_parameters(config, OWNERS) == set(OWNERS)
+    assert with_parameters({"target_parameters": ["experts.down_proj"]}, OWNERS) == {"layers.0.mlp.experts", "experts"}
+    assert with_parameters({"target_parameters": ["0.mlp.experts.x"]}, OWNERS) == {"layers.0.mlp.experts"}
+    assert with_parameters({}, OWNERS) == set()

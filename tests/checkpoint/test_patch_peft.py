@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -180,6 +181,7 @@ def test_updates_are_pefts_own(name: str, adapt: Adapt) -> None:
     model, config = UPDATES[name]
     peft_model, patch = adapt(build(model), **config)
     assert_same(peft_model, patch)
+    assert all(math.isnan(pair.scaling) for stack in patch.stacks.values() for pair in stack), "stack_pairs decides"
     assert patch.init == {"PiSSA": "pissa", "OLoRA": "olora"}.get(name, "plain")
 
 

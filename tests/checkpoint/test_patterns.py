@@ -42,8 +42,8 @@ def test_the_first_pattern_in_order_holds() -> None:
 
 def test_plain_names_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "_elsewhere", lambda *_: pytest.fail("a process for a plain name"))
-    assert first_matches([r"^model\.layers.0", "lm_head"], NAMES, TAIL, "x") == [-1, -1, 1, -1, -1]
-    monkeypatch.setattr(patterns, "MAX_COMPARISONS", 3)
+    assert first_matches([r"^model\.layers.0", "lm_head", r".*\.\d+\.mlp.*"], NAMES, TAIL, "x") == [-1, 2, 1, -1, -1]
+    monkeypatch.setattr(patterns, "MAX_STEPS", 100)
     with pytest.raises(pytest.fail.Exception):
         first_matches(["lm_head"], NAMES, TAIL, "x")
 
@@ -81,4 +81,4 @@ def test_an_endless_pattern_is_refused_unread() -> None:
 def test_a_process_that_cannot_be_started_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns.sys, "executable", "/nowhere/python")
     with pytest.raises(PatchError, match="cannot be matched .* expected a list of names"):
-        first_matches([".*"], NAMES, WHOLE, "x")
+        first_matches(["(.*)"], NAMES, WHOLE, "x")
