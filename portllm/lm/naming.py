@@ -1,4 +1,4 @@
-"""Which way to ask where a checkpoint's parameters are: by look-up where that is known to be right, else transformers."""
+"""Where a checkpoint's parameters are: by look-up where that is known to be right, else asked of transformers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from portllm.checkpoint.reader import Checkpoint
 def layout_of(base: Checkpoint) -> Layout:
     """The layout of `base`. Only families that are not plain cost the import of transformers (seconds).
 
-    A model with code of its own, which portllm does not run, has no renamings in transformers, so its names on disk are
-    those in memory; what its tied weights are is then believed of config.json. Raises CheckpointError.
+    A model with code of its own, which portllm does not run, and of a type transformers does not have, is renamed by
+    nobody: its names on disk are those in memory, and config.json is believed about tied weights. Raises
+    CheckpointError.
     """
-    if base.config.get("model_type") in PLAIN or base.config.get("auto_map"):
+    kind = base.config.get("model_type")
+    if kind in PLAIN:
         return plain(base)
     from portllm.lm.layout import built
 
+    if base.config.get("auto_map"):
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        if kind not in CONFIG_MAPPING:
+            return plain(base)
     return built(base)
