@@ -207,7 +207,8 @@ class _Planner:
             self.places.single(parameter, (part,), "a module saved whole")
             reads = not grown and part.tensor not in self.places.tied_heads
             own = entry.shape if len(parts) == 1 and not part.transposed else self.places.shape(part.tensor)
-            self._change(part.tensor, self._replacing(entry, part), "replaced", (entry.name,), shape=own, reads=reads)
+            edit = self._replacing(entry, whole(part.tensor, own) if grown else part)
+            self._change(part.tensor, edit, "replaced", (entry.name,), shape=own, reads=reads)
 
     def _replacing(self, entry: TensorEntry, part: Part) -> Callable[[], Edit]:
         path = self.patch.header.path

@@ -117,6 +117,8 @@ class Making:
         new = _rows_of(self.written[name])
         old = _rows_of(target.origin).double() if target.origin is not None else None
         exact = target.edit().exact(old)
+        if new.shape != exact.shape:
+            raise self._wrong(name, f"seen as rows, expected {tuple(exact.shape)}, found {tuple(new.shape)}")
         at = first_difference(new, exact, old)
         if at is not None:
             found, expected = new.reshape(-1)[at], round_once(exact.reshape(-1)[at : at + 1], new.dtype)[0]
@@ -131,15 +133,13 @@ class Making:
 def first_difference(new: torch.Tensor, exact: torch.Tensor, old: torch.Tensor | None) -> int | None:
     """Flat index of the first element of `new` that is not `exact` (float64) rounded once to its dtype, or None.
 
-    Compared bit by bit. Where bits differ, an element still passes when the exact value lies so near a rounding
-    boundary that float64 itself cannot tell the side.
+    All three are of one shape, or there is no `old`. Compared bit by bit. Where bits differ, an element still passes
+    when the exact value lies so near a rounding boundary that float64 itself cannot tell the side.
     """
     import torch
 
     from portllm.algebra.lora import round_once
 
-    if new.shape != exact.shape:
-        return 0
     expected = round_once(exact.contiguous(), new.dtype)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[new.element_size()]
     wrong = (new.contiguous().view(bits) != expected.view(bits)) | ~new.isfinite()
@@ -147,7 +147,7 @@ def first_difference(new: torch.Tensor, exact: torch.Tensor, old: torch.Tensor |
     if len(unsure) == 0:
         return None
     value, found = exact.reshape(-1)[unsure], new.reshape(-1)[unsure]
-    old = torch.zeros_like(exact) if old is None or old.shape != exact.shape else old
+    old = torch.zeros_like(exact) if old is None else old
     before, step = old.reshape(-1)[unsure], float((exact - old).abs().max())
     doubt = FLOAT64_DOUBT * (value.abs() + before.abs() + step)
     low, high = round_once(value - doubt, new.dtype), round_once(value + doubt, new.dtype)
