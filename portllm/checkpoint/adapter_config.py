@@ -64,7 +64,7 @@ def all_linear(config: Mapping[str, Any]) -> bool:
 def saved_whole(config: Mapping[str, Any], parameter: str) -> bool:
     """Whether the parameter is in a module of modules_to_save, which PEFT matches by the end of a module's name."""
     names = tuple(config.get("modules_to_save") or ())
-    return any(owner.endswith(names) for owner in _owners(parameter))
+    return bool(names) and any(owner.endswith(names) for owner in _owners(parameter))
 
 
 def with_parameters(config: Mapping[str, Any], owners: Collection[str]) -> set[str]:
