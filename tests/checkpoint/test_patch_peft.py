@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -341,3 +342,42 @@ def test_a_converted_start_is_plain(adapt: Adapt, tmp_path: Path) -> None:
     assert patch.init == "plain"
     assert patch.modules[Q].rank == 4
     torch.testing.assert_close(delta(patch.modules[Q]), torch.zeros(8, 8), atol=1e-5, rtol=0)
+
+
+EDITS: list[dict[str, Any]] = [
+    {},
+    {"target_modules": ["q_proj"]},
+    {"target_modules": ["q_proj", "embed_tokens"]},
+    {"target_modules": "all-linear"},
+    {"target_modules": r".*\.(q|v)_proj|.*embed_tokens"},
+    {"target_modules": "v_proj"},
+    {"target_modules": [Q, "layers.1.self_attn.q_proj", "v_proj", "model.embed_tokens"]},
+    {"exclude_modules": ["v_proj"]},
+    {"exclude_modules": r"model\.layers\.0\..*"},
+    {"exclude_modules": ["proj"]},
+    {"layers_to_transform": [1]},
+    {"layers_to_transform": [0, 1], "layers_pattern": "layers", "target_modules": [*QV, "model.embed_tokens"]},
+]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=str)
+def test_what_peft_would_pass_over_is_an_error(edit: dict[str, Any], adapt: Adapt, tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    adapt(build("llama"), target_modules=[*QV, "embed_tokens"], save={"save_embedding_layers": False})
+    path = tmp_path / "patch" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **edit}))
+    try:
+        loaded = PeftModel(build("llama"), LoraConfig.from_pretrained(str(path.parent)))
+        passed_over = set_peft_model_state_dict(
+            loaded, load_file(path.parent / "adapter_model.safetensors")
+        ).unexpected_keys
+    except ValueError as error:
+        assert "not found in the base model" in str(error)  # noqa: PT017 - peft passes over everything
+        passed_over = ["everything"]
+    if not passed_over:
+        Patch.open(path.parent)
+        return
+    with pytest.raises(UnmatchedModulesError, match="gives .* no LoRA"):
+        Patch.open(path.parent)
