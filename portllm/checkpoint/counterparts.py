@@ -6,7 +6,7 @@ Each is a copy of one of theirs, or what the port must have made of it; all rais
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from portllm.checkpoint import fingerprint
 from portllm.checkpoint.derived import Old, converted
 from portllm.checkpoint.files import companions, tokenizer_files
 from portllm.checkpoint.manifest import Manifest
-from portllm.checkpoint.pairs import LoraPair
 from portllm.checkpoint.patch import CONFIG, WEIGHTS, Patch
 from portllm.checkpoint.plan import Plan
 from portllm.checkpoint.reader import INDEX, Checkpoint, read_json_object
@@ -55,19 +54,27 @@ def check_merged_files(manifest: Manifest, base: Checkpoint, patch: Patch, plan:
 def check_adapter_files(manifest: Manifest, patch: Patch) -> None:
     """The tokenizer is the patch's, and so is the config but for the base's name and the scale."""
     _check_copies(manifest, tokenizer_files(patch.path), {CARD, CONFIG, WEIGHTS})
-    changed = RETARGETED if patch.init == "plain" else RETARGETED | CONVERTED
-    _same_config(manifest.folder / CONFIG, patch.config, changed)
-    written = {pair.a_entry.name: pair for pair in _pairs(Patch.open(manifest.folder))}
-    for pair in _pairs(patch):
-        found, expected = written[pair.a_entry.name].scaling, pair.scaling * manifest.record.scale
-        if not math.isclose(found, expected, rel_tol=1e-12):
-            raise _wrong(manifest.folder / CONFIG, f"scales {pair.module} by {found:g}, expected {expected:g}")
+    path = manifest.folder / CONFIG
+    _same_config(path, patch.config, RETARGETED if patch.init == "plain" else RETARGETED | CONVERTED)
+    written = Patch.open(manifest.folder)
+    if patch.init == "plain":
+        found, before = _alphas(written.config), _alphas(patch.config)
+        expected = {key: alpha * manifest.record.scale for key, alpha in before.items()}
+    else:  # twice the rank: what counts is alpha over rank
+        found, expected = _scalings(written, 1.0), _scalings(patch, manifest.record.scale)
+    for key in sorted(found.keys() | expected.keys()):
+        one, other = found.get(key, math.nan), expected.get(key, math.nan)
+        if not math.isclose(one, other, rel_tol=1e-12):
+            raise _wrong(path, f"{key} is scaled by {one:g}, expected {other:g}")
 
 
-def _pairs(patch: Patch) -> Iterator[LoraPair]:
-    yield from patch.modules.values()
-    for stack in patch.stacks.values():
-        yield from stack
+def _alphas(config: Mapping[str, Any]) -> dict[str, float]:
+    alphas = {"lora_alpha": config["lora_alpha"]} if config.get("lora_alpha") is not None else {}
+    return {**alphas, **{f"alpha_pattern of {key}": a for key, a in (config.get("alpha_pattern") or {}).items()}}
+
+
+def _scalings(patch: Patch, scale: float) -> dict[str, float]:
+    return {module: pair.scaling * scale for module, pair in patch.modules.items()}
 
 
 def _check_copies(manifest: Manifest, copies: Mapping[str, Path], made: set[str]) -> None:
