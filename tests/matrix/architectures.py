@@ -115,6 +115,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         "llama", {**UNTIED, "pad_token_id": 0}, auto="AutoModelForSequenceClassification",
         saved_as="AutoModelForCausalLM",
     ),
+    "llama-scored": Architecture(  # the base on disk is a classifier already
+        "llama", {**UNTIED, "pad_token_id": 0, "num_labels": 3}, auto="AutoModelForSequenceClassification"
+    ),
     "mistral": Architecture("mistral", UNTIED, extra={"mtp.fc.weight": (3, 5)}),
     "qwen2": Architecture("qwen2", UNTIED, shard_bytes=4000, extra={"mtp.fc.weight": (3, 5)}),
     "qwen3": Architecture("qwen3", {**UNTIED, "head_dim": 8}),
@@ -126,6 +129,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture("gpt2", _GPT2, **_GPT2_NAMES),
     "gpt2-hub": Architecture(
         "gpt2", _GPT2, **_GPT2_NAMES, hub_layout=True, extra={f"h.{i}.attn.bias": (1, 1, 32, 32) for i in (0, 1)}
+    ),
+    "gpt2-classifier": Architecture(
+        "gpt2", {**_GPT2, "pad_token_id": 0}, **_GPT2_NAMES, auto="AutoModelForSequenceClassification",
+        saved_as="AutoModelForCausalLM",
     ),
     "gpt_neox": Architecture(
         "gpt_neox", {**SMALL, "intermediate_size": 24, "tie_word_embeddings": False},

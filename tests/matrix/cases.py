@@ -69,6 +69,7 @@ def _initialisations() -> Iterator[Case]:
         lora = {**_linears(name), "init_lora_weights": init}
         yield Case(name, init, lora, source=True, residual=True)
         yield Case(name, f"{init}-alone", lora, refused="--from", residual=True)
+    yield Case("gpt2-hub", "pissa", {**_linears("gpt2"), "init_lora_weights": "pissa"}, source=True, residual=True)
     yield Case("llama", "pissa+rslora", {**_linears("llama"), "init_lora_weights": "pissa", "use_rslora": True,
                "rank_pattern": {"v_proj": 3}}, source=True, residual=True)  # fmt: skip
     yield Case("llama", "pissa_niter", {**_linears("llama"), "init_lora_weights": "pissa_niter_4"},
@@ -230,3 +231,7 @@ NARROW: tuple[Case, ...] = (
     Case("mixtral", "experts", {"target_modules": ["q_proj"], "target_parameters": list(EXPERTS)}),
     Case("gpt_oss", "experts", {"target_modules": ["q_proj"], "target_parameters": list(EXPERTS)}),
 )
+
+# whose effect --scale multiplies, and those that have nothing to multiply
+SCALED = ("llama-patterns", "gpt2-rslora", "gemma2-embedding+head", "mixtral-experts", "qwen2-lora_bias", "llama-pissa")
+UNSCALED = ("llama-dora", "llama-save-norm", "qwen2-bias-all", "llama-tokens", "llama-classifier-linears")

@@ -57,12 +57,13 @@ class Case:
     @property
     def changed_config(self) -> Mapping[str, Any]:
         """What the port changes of config.json: what the case says, and the class of a classifier."""
-        if TASKS[self.arch.auto] != "SEQ_CLS":
+        if TASKS[self.arch.auto] != "SEQ_CLS" or self.arch.saved_as is None:
             return self.config
+        stem = {"llama": "Llama", "gpt2": "GPT2"}[self.arch.model_type]
         labels = [f"LABEL_{i}" for i in range(LABELS)]
         return {
             **self.config,
-            "architectures": ["LlamaForSequenceClassification"],
+            "architectures": [f"{stem}ForSequenceClassification"],
             "id2label": {str(i): label for i, label in enumerate(labels)},
             "label2id": {label: i for i, label in enumerate(labels)},
         }

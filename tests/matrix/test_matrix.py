@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,16 +15,17 @@ from portllm.errors import PortllmError
 from portllm.params import PortParams
 from portllm.verbs import port
 from tests.matrix import judge
-from tests.matrix.cases import CASES, NARROW
+from tests.matrix.cases import CASES, NARROW, SCALED, UNSCALED
 from tests.matrix.judge import NEW, OLD, Bench, Case
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and peft warn of their own affairs
 
 RIGHT = [case for case in CASES if case.refused is None]
 REFUSED = [case for case in CASES if case.refused is not None]
+NAMED = {str(case): case for case in CASES}
 
 
-def ported(case: Case, bench: Bench, patch: Path, out: Path, dtype: torch.dtype = torch.float32, **more: str) -> None:
+def ported(case: Case, bench: Bench, patch: Path, out: Path, dtype: torch.dtype = torch.float32, **more: Any) -> None:
     """Port onto the new base, with the old one at hand where the case says so."""
     source = bench.base(case.architecture, OLD) if case.source else None
     onto = bench.base(case.architecture, NEW, dtype)
@@ -83,6 +85,29 @@ def test_narrow_weights_are_the_exact_ones_rounded_once(
         assert_close(judge.logits(judge.load(case.arch, out)), expected, rtol=0, atol=0.03 * moved)
 
 
+@pytest.mark.parametrize("name", SCALED)
+def test_scale_multiplies_the_difference(name: str, bench: Bench, tmp_path: Path) -> None:
+    case = NAMED[name]
+    patch, _ = bench.patches(case, tmp_path)
+    ported(case, bench, patch, tmp_path / "whole")
+    ported(case, bench, patch, tmp_path / "out", scale=-0.75)
+    ported(case, bench, patch, tmp_path / "adapter", as_="adapter", scale=-0.75)
+    folders = (bench.base(case.architecture, NEW), tmp_path / "whole", tmp_path / "out")
+    base, whole, scaled = (judge.load(case.arch, folder).state_dict() for folder in folders)
+    for key, weight in base.items():
+        assert_close(scaled[key] - weight, -0.75 * (whole[key] - weight), rtol=1e-4, atol=1e-6)
+    expected = judge.logits(bench.tuned(case, tmp_path / "adapter", plain=True))
+    judge.assert_logits(judge.logits(judge.load(case.arch, folders[2])), expected, judge.effect(case, bench, expected))
+
+
+@pytest.mark.parametrize("as_", ["merged", "adapter"])
+@pytest.mark.parametrize("name", UNSCALED)
+def test_what_has_no_scale_is_refused_one(name: str, as_: str, bench: Bench, tmp_path: Path) -> None:
+    patch, _ = bench.patches(NAMED[name], tmp_path)
+    with pytest.raises(PortllmError, match=r"scale is 0\.5"):
+        ported(NAMED[name], bench, patch, tmp_path / "out", as_=as_, scale=0.5)
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_case_stands_twice() -> None:
-    names = [str(case) for case in CASES]
-    assert len(names) == len(set(names))
+    assert len(NAMED) == len(CASES)
