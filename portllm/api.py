@@ -68,11 +68,11 @@ def port_or_keep(
     on_plan: Callable[[Plan], None] | None,
 ) -> PortRecord:
     """`port` without the hub; where `keep`, an `out` that is this very port already, unchanged, is left as it is."""
-    patch, onto = resolve(patch), resolve(onto)
+    patch, onto, source = resolve(patch), resolve(onto), None if source is None else resolve(source)
     if keep and not force and not dry_run:
-        from portllm.checkpoint.manifest import made_before
+        from portllm.checkpoint.counterparts import made_before
 
-        made = made_before(Path(out), patch=patch, onto=onto, params=params)
+        made = made_before(Path(out), patch=patch, onto=onto, source=source, params=params)
         if made is not None:
             return made
     return port_verb.run(
@@ -80,7 +80,7 @@ def port_or_keep(
         onto=onto,
         out=Path(out),
         params=params,
-        source=None if source is None else resolve(source),
+        source=source,
         force=force,
         dry_run=dry_run,
         on_progress=on_progress,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from portllm.checkpoint import fingerprint
+from portllm.checkpoint import fingerprint, provenance
 from portllm.checkpoint.derived import Old, converted
 from portllm.checkpoint.files import companions, tokenizer_files
 from portllm.checkpoint.manifest import Manifest
@@ -19,12 +19,42 @@ from portllm.checkpoint.plan import Plan
 from portllm.checkpoint.reader import INDEX, Checkpoint, read_json_object
 from portllm.checkpoint.records import PortRecord
 from portllm.checkpoint.targets import Target, TargetFile
+from portllm.checkpoint.writer import Meter
 from portllm.errors import VerificationError
+from portllm.params import PortParams
 
 CARD = "README.md"
 # what re-targeting a patch changes, and what turning it into plain LoRA of twice the rank changes besides
 RETARGETED = frozenset({"base_model_name_or_path", "revision", "lora_alpha", "alpha_pattern"})
 CONVERTED = frozenset({"init_lora_weights", "r", "rank_pattern"})
+
+
+def made_before(out: Path, *, patch: Path, onto: Path, source: Path | None, params: PortParams) -> PortRecord | None:
+    """port.json's record where `out` is, whole and unchanged, what this port makes: it need not be made again.
+
+    None where there is no such directory or anything that it was made of differs. Raises CheckpointError,
+    UnsafeFileError or VerificationError where it is that port and was changed or damaged since.
+    """
+    if not (out / PortRecord.FILE).is_file():
+        return None
+    manifest = Manifest.open(out)
+    record = manifest.record
+    asked = (params.as_, params.scale, params.method, *provenance.versions("torch").items())
+    if asked != (record.output, record.scale, record.method, *record.versions.items()):
+        return None
+    if record.configs != provenance.configs(onto, patch):
+        return None
+    known = {patch: record.patch.fingerprint, onto: record.base.fingerprint}
+    if source is not None:
+        known[source] = record.trained_on.fingerprint if record.trained_on is not None else None
+    if any(fingerprint.fingerprint(path) != mark for path, mark in known.items()):
+        return None
+    copies = companions(onto, patch) if record.output == "merged" else tokenizer_files(patch)
+    if any(record.files.get(n) != fingerprint.file_digest(p) for n, p in copies.items() if n != "config.json"):
+        return None
+    manifest.check_names()
+    manifest.check_digests(Meter(manifest.nbytes))
+    return record
 
 
 def adapter_file(patch: Patch, old: Old | None, folder: Path) -> TargetFile:
@@ -34,6 +64,16 @@ def adapter_file(patch: Patch, old: Old | None, folder: Path) -> TargetFile:
     copies = {entry.name for entry in patch.saved.values()}
     kept = (entry for name, entry in patch.header.tensors.items() if name not in copies)
     return TargetFile(folder / WEIGHTS, b"", tuple(Target(entry, (patch.header, entry)) for entry in kept))
+
+
+def check_config(manifest: Manifest, name: str, folder: Path) -> None:
+    """The config `name` of base or patch is the one the port read, where it recorded that."""
+    expected, found = manifest.record.configs.get(name), fingerprint.file_digest(folder / name)
+    if expected not in (None, found):
+        raise VerificationError(
+            f"{folder / name}: has SHA-256 {found[:12]}, {manifest.folder / PortRecord.FILE} was made with "
+            f"{str(expected)[:12]}; pass the one it was made with, or port again"
+        )
 
 
 def check_merged_files(manifest: Manifest, base: Checkpoint, patch: Patch, plan: Plan) -> None:

@@ -21,7 +21,6 @@ from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.records import PortRecord
 from portllm.checkpoint.writer import Meter
 from portllm.errors import CheckpointError, UnsafeFileError, VerificationError
-from portllm.params import PortParams
 
 HEX = re.compile(r"[0-9a-f]{64}")
 PIECE_BYTES = 1 << 20
@@ -94,27 +93,6 @@ class Manifest:
             )
 
 
-def made_before(out: Path, *, patch: Path, onto: Path, params: PortParams) -> PortRecord | None:
-    """port.json's record where `out` is what porting `patch` onto `onto` with `params` makes, whole and unchanged.
-
-    None where there is no such directory, or it was made of something else. Raises CheckpointError, UnsafeFileError or
-    VerificationError where it is that port and was changed or damaged since.
-    """
-    if not (out / PortRecord.FILE).is_file():
-        return None
-    manifest = Manifest.open(out)
-    record = manifest.record
-    if (record.output, record.scale, record.method) != (params.as_, params.scale, params.method):
-        return None
-    if record.patch.fingerprint != fingerprint.fingerprint(patch):
-        return None
-    if record.base.fingerprint != fingerprint.fingerprint(onto):
-        return None
-    manifest.check_names()
-    manifest.check_digests(Meter(manifest.nbytes))
-    return record
-
-
 def _malformed(record: PortRecord) -> str | None:
     """What is wrong with a record whose fields have the right types, in words."""
     sources = (record.base, record.patch, *([record.trained_on] if record.trained_on is not None else []))
@@ -122,7 +100,9 @@ def _malformed(record: PortRecord) -> str | None:
         f"output must be one of {', '.join(OUTPUTS)}": record.output in OUTPUTS,
         "scale must be finite": math.isfinite(record.scale),
         "files must name at least one file": bool(record.files),
-        "files must map names to SHA-256 digests": all(HEX.fullmatch(digest) for digest in record.files.values()),
+        "files and configs must map names to SHA-256 digests": all(
+            HEX.fullmatch(digest) for digest in (*record.files.values(), *record.configs.values())
+        ),
         "every fingerprint must be a SHA-256": all(
             HEX.fullmatch(mark) for mark in (record.fingerprint or "", *(s.fingerprint or "0" * 64 for s in sources))
         ),

@@ -53,6 +53,11 @@ def revision(path: Path) -> str | None:
     return path.name if path.parent.name == SNAPSHOTS else None
 
 
+def configs(base: Path, patch: Path) -> dict[str, str]:
+    """SHA-256 of what a port depends on beside tensors: the base's config.json and the patch's adapter_config.json."""
+    return {path.name: file_digest(path) for path in (base / "config.json", patch / "adapter_config.json")}
+
+
 def digests(paths: Iterable[Path]) -> dict[str, str]:
     """sha256 of each file, by its name under its folder: `world_boolq/train.parquet`."""
     return {f"{path.parent.name}/{path.name}": file_digest(path) for path in paths}

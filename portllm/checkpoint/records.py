@@ -117,7 +117,10 @@ class PatchRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class PortRecord(Record):
-    """port.json: which patch was put onto which base, how, and every file written."""
+    """port.json: which patch was put onto which base, how, and every file written.
+
+    `configs` holds the SHA-256 of base's config.json and patch's adapter_config.json, which no fingerprint covers.
+    """
 
     FILE: ClassVar[str] = "port.json"
     base: Source
@@ -129,6 +132,7 @@ class PortRecord(Record):
     scale: float = 1.0
     modules: Mapping[str, int] = field(default_factory=dict)
     tensors: Mapping[str, int] = field(default_factory=dict)
+    configs: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)

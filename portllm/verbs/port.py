@@ -80,6 +80,7 @@ def run(
         scale=params.scale,
         modules={"matched": plan.matched, "total": plan.total},
         tensors=plan.tensors(base),
+        configs=provenance.configs(onto, patch),
         versions=provenance.versions("torch"),
     )
     if on_plan is not None:

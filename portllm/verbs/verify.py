@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from portllm.checkpoint import fingerprint, provenance
-from portllm.checkpoint.counterparts import adapter_file, check_adapter_files, check_merged_files
+from portllm.checkpoint.counterparts import adapter_file, check_adapter_files, check_config, check_merged_files
 from portllm.checkpoint.derived import Old
 from portllm.checkpoint.manifest import Manifest
-from portllm.checkpoint.patch import Patch
+from portllm.checkpoint.patch import CONFIG, Patch
 from portllm.checkpoint.plan import Plan
 from portllm.checkpoint.planning import make_plan
 from portllm.checkpoint.proof import Making, Proof, Sample, fitting
@@ -151,6 +151,8 @@ class _Inputs:
         meter.add(self.patch.header.size)
         if self.old is not None and record.trained_on is not None:
             self._same("--from", self.old.base.path, record.trained_on)
+        for name, path in (("config.json", self.base.path), (CONFIG, self.patch.path)):
+            check_config(self.manifest, name, path)
         self.making.check_headers()
         if record.output == "merged":
             check_merged_files(self.manifest, self.base, self.patch, self.plan)

@@ -149,6 +149,19 @@ def test_only_the_very_same_port_is_pushed_without_porting(hub: Any, inputs: dic
             (other["patch"] / "adapter_config.json").write_bytes(config)
         with pytest.raises(OutputError, match="--force"):
             portllm.port(**{**inputs, **other}, push_to_hub="me/x")
+    for file, more in (
+        (inputs["patch"] / "adapter_config.json", {"lora_alpha": 9}),
+        (inputs["onto"] / "config.json", {"x": 1}),
+    ):
+        before = file.read_text()  # what no fingerprint covers
+        file.write_text(json.dumps({**json.loads(before), **more}))
+        with pytest.raises(OutputError, match="--force"):
+            portllm.port(**inputs, push_to_hub="me/x")
+        file.write_text(before)
+    (inputs["onto"] / "tokenizer.json").write_text("[1]")
+    with pytest.raises(OutputError, match="--force"):
+        portllm.port(**inputs, push_to_hub="me/x")
+    (inputs["onto"] / "tokenizer.json").write_text("{}")
     (inputs["out"] / "tokenizer.json").write_text("[]")
     with pytest.raises(VerificationError, match=r"tokenizer\.json"):
         portllm.port(**inputs, push_to_hub="me/x")

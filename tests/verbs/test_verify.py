@@ -205,6 +205,16 @@ def test_other_inputs_are_told_from_the_right_ones(world: World, tmp_path: Path)
             dataclasses.replace(world, **{kind: other}).proven(world.merged)
 
 
+def test_other_configs_are_told_from_the_right_ones(world: World) -> None:
+    for folder, name, key in ((world.patch, "adapter_config.json", "lora_alpha"), (world.base, "config.json", "x")):
+        before = (folder / name).read_text()
+        (folder / name).write_text(json.dumps({**json.loads(before), key: 7}))
+        with pytest.raises(VerificationError, match=f"{folder.name}/{name}: has SHA-256"):
+            world.proven(world.merged)
+        (folder / name).write_text(before)
+    world.proven(world.merged)
+
+
 def test_missing_and_strange_files_are_named(world: World) -> None:
     for name in ("model.safetensors", "pytorch_model.bin", "old/model.safetensors", "adapter_config.json", "run.py"):
         stranger = world.merged / name
@@ -253,7 +263,7 @@ def test_links_may_stay_inside_or_lead_to_a_hub_caches_blobs(world: World, tmp_p
         {"schema_version": 9}, {"output": "both"}, {"scale": "1"}, {"scale": True}, {"files": {}}, {"files": ["a"]},
         {"files": {"config.json": "abc"}}, {"fingerprint": None}, {"fingerprint": 3}, {"base": None}, {"base": {}},
         {"base": {"name": 1, "fingerprint": None}}, {"patch": "p"}, {"trained_on": [1]}, {"tensors": {"a": "b"}},
-        {"modules": 4}, {"task": 1}, {"method": None}, {"more": 1},
+        {"modules": 4}, {"configs": {"config.json": "x"}}, {"task": 1}, {"method": None}, {"more": 1},
     ],
     ids=str,
 )  # fmt: skip
