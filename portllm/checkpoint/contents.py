@@ -220,7 +220,9 @@ def _check_factors(module: str, names: Sequence[str], a: TensorEntry, b: TensorE
 
 
 def _place(name: str, entry: TensorEntry, config: Mapping[str, Any], contents: Contents, path: Path) -> None:
-    if (match := TOKENS.fullmatch(name)) and match["module"] not in contents.modules.keys() | contents.stacks.keys():
+    if match := TOKENS.fullmatch(name):
+        if match["module"] in contents.modules or match["module"] in contents.stacks:
+            raise _foreign(entry.name, path, f"{match['module']} has LoRA, and PEFT trains no rows beside it")
         contents.tokens[match["module"]] = _token_rows(match["module"], entry, config, path)
     elif saved_whole(config, name) and not IDLE.fullmatch(name):
         contents.replaced[name] = entry
@@ -228,7 +230,7 @@ def _place(name: str, entry: TensorEntry, config: Mapping[str, Any], contents: C
         contents.idle[name] = entry
     elif match := WRAPPED.fullmatch(name):
         _wrapped(match["module"], match["leaf"], entry, config, contents, path)
-    elif ".lora_" in name or ".trainable_tokens_" in name:
+    elif ".lora_" in name:
         raise _foreign(entry.name, path, "expected lora_A, lora_B, lora_embedding_A, ... without an adapter's name")
     elif name.endswith(".bias"):
         _bias(name, entry, config, contents, path)
@@ -240,13 +242,16 @@ def _wrapped(
     module: str, leaf: str, entry: TensorEntry, config: Mapping[str, Any], contents: Contents, path: Path
 ) -> None:
     """A base parameter of a module that PEFT wrapped: a trained bias, or a copy of its weight."""
-    depth = 1 if module in contents.modules else len(contents.stacks.get(module, ()))
-    lora, found = depth > 0, entry.name.count(NEST)
-    if not (module in contents.tokens and found == 1 if ".token_adapter." in entry.name else lora and found == depth):
+    tokens = ".token_adapter." in entry.name
+    if tokens or module in contents.modules:
+        depth = int(module in (contents.tokens if tokens else contents.modules))
+    else:
+        depth = len(contents.stacks.get(module, ()))
+    if depth == 0 or entry.name.count(NEST) != depth:
         raise _foreign(entry.name, path, f"{module} has {depth} of LoRA's wrappers in the file")
     if leaf == "weight":
         contents.saved[f"{module}.weight"] = entry
-    elif config.get("bias") == "all" or (config.get("bias") == "lora_only" and lora):
+    elif config.get("bias") == "all" or (config.get("bias") == "lora_only" and not tokens):
         contents.replaced[f"{module}.bias"] = entry
     else:
         raise _foreign(entry.name, path, f"it is a bias, and the config says bias={config.get('bias') or 'none'}")

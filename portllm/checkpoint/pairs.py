@@ -27,7 +27,8 @@ class LoraPair:
 
     `linear`: the entries are lora_A (r, in) and lora_B (out, r). `embedding`: they are lora_embedding_A (r, vocabulary)
     and lora_embedding_B (dim, r), which `a` and `b` turn, so that Δ is (vocabulary, dim). `parameter`: they are lora_A
-    (r·E, in) and lora_B (out, r·E) for E experts, and `factors` takes one expert's out of them. `magnitude` is
+    (r·E, in) and lora_B (out, r·E) for E experts, and `factors` takes one expert's out of them; their rank and scaling
+    are known when adapter_config.stack_pairs has told which parameter they are for, 1 and NaN before. `magnitude` is
     DoRA's m, `bias` lora_B's own bias (lora_bias), each a vector.
     """
 
