@@ -19,7 +19,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from portllm.checkpoint.headers import Header, TensorEntry, read_header
+from portllm.checkpoint.headers import Header, TensorEntry, open_input, read_header
 from portllm.checkpoint.output import staged_file
 from portllm.checkpoint.reader import read_exactly, shard_names
 
@@ -98,7 +98,7 @@ def remember(shard: Header, known: Mapping[str, str], was: list[int]) -> None:
 
 
 def _file_digests(shard: Header, pool: Executor) -> dict[str, str]:
-    with shard.path.open("rb", buffering=0) as file:
+    with open_input(shard.path) as file:
         was = identity(os.fstat(file.fileno()))
         entries = shard.tensors.values()
         hashed = pool.map(lambda entry: _tensor_digest(file.fileno(), entry, shard.path), entries)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from portllm.checkpoint.fingerprint import identity, tensor_hash
-from portllm.checkpoint.headers import BITS, Header, TensorEntry
+from portllm.checkpoint.headers import BITS, Header, TensorEntry, open_input
 from portllm.checkpoint.reader import TORCH_DTYPES, read_exactly
 from portllm.checkpoint.stream import room
 from portllm.checkpoint.targets import Target, TargetFile
@@ -33,7 +33,7 @@ class Sources:
     def __init__(self, file: TargetFile, stack: contextlib.ExitStack) -> None:
         self.path = file.path
         self._headers = {header.path: header for header, _ in (t.origin for t in file.targets if t.origin is not None)}
-        self._handles = {path: stack.enter_context(path.open("rb", buffering=0)).fileno() for path in self._headers}
+        self._handles = {path: stack.enter_context(open_input(path)).fileno() for path in self._headers}
         self.identities = {path: identity(os.fstat(handle)) for path, handle in self._handles.items()}
 
     def read(self, origin: tuple[Header, TensorEntry], offset: int, buffer: memoryview) -> None:

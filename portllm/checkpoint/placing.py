@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.headers import Header
+from portllm.checkpoint.headers import Header, open_input
 from portllm.checkpoint.reader import read_exactly
 from portllm.checkpoint.targets import Target, TargetFile
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 # safetensors' own order of dtypes, the most strictly aligned first
 DTYPE_ORDER = (
-    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E8M0", "F8_E4M3", "F8_E5M2",
-    "I8", "U8", "F4", "BOOL",
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ",
+    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
 )  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def plain_file(shard: Header, path: Path, edits: Mapping[str, Callable[[], Edit]
     Raises CheckpointError when the shard is not what its header says any more, OSError.
     """
     head = bytearray(shard.data_start)
-    with shard.path.open("rb", buffering=0) as file:
+    with open_input(shard.path) as file:
         read_exactly(file.fileno(), memoryview(head), 0, shard.path)
     targets = (Target(entry, (shard, entry), edits.get(name)) for name, entry in shard.tensors.items())
     return TargetFile(path, bytes(head), tuple(targets))

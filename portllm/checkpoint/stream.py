@@ -21,6 +21,8 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from portllm.checkpoint.output import sync
+
 ALIGN = 4096  # of offset, length and memory in a direct write; a page
 ROOM = 64  # buffers of single pieces start at multiples of this, so that no tensor is misaligned
 DISK_THREADS = 2  # writes of one file under way at a time
@@ -45,7 +47,7 @@ class Output:
 
     def __init__(self, path: Path, size: int) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        self._size, self._lock = size, threading.Lock()
+        self._path, self._size, self._lock = path, size, threading.Lock()
         try:
             self._handle, self._direct = os.open(path, flags | os.O_DIRECT, 0o666), True
         except OSError as error:
@@ -60,7 +62,7 @@ class Output:
         try:
             if kind is None:
                 os.ftruncate(self._handle, self._size)  # the last direct write was of a whole page
-                os.fsync(self._handle)
+                sync(self._handle, self._path)
         finally:
             os.close(self._handle)
 

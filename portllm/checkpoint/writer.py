@@ -14,8 +14,9 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
-from portllm.checkpoint.headers import Header, TensorEntry
+from portllm.checkpoint.headers import Header, TensorEntry, open_input, reading
 from portllm.checkpoint.pieces import Part, Sources, cut, largest_piece, packed
 from portllm.checkpoint.placing import laid_out as laid_out
 from portllm.checkpoint.placing import nbytes as nbytes
@@ -99,12 +100,17 @@ def copy_file(source: Path, target: Path, meter: Meter) -> str:
     """Copy one file's bytes (following links) and return their SHA-256."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(COPY_BYTES))
-    with source.open("rb", buffering=0) as reading, target.open("wb") as writing:
-        while count := reading.readinto(buffer):
+    with open_input(source) as file, target.open("wb") as writing:
+        while count := _read(file, buffer, source):
             digest.update(buffer[:count])
             writing.write(buffer[:count])
             meter.add(count)
     return digest.hexdigest()
+
+
+def _read(file: BinaryIO, buffer: memoryview, path: Path) -> int:
+    with reading(path):
+        return os.readv(file.fileno(), [buffer])
 
 
 def write_subset(header: Header, names: Container[str], target: Path, meter: Meter) -> str:
