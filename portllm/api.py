@@ -114,7 +114,7 @@ def verify(
     from portllm.verbs import verify as verify_verb
 
     return verify_verb.run(
-        folder=resolve(folder),
+        folder=resolve(folder, whole=True),
         onto=None if onto is None else resolve(onto),
         patch=None if patch is None else resolve(patch),
         source=None if source is None else resolve(source),

@@ -45,6 +45,7 @@ def verify(
       portllm verify ported
       portllm verify ported --onto new-base --patch my-patch
       portllm verify ported --onto new-base --patch my-patch --all --json
+      portllm verify me/my-ported-model --onto mistralai/Mistral-7B-v0.3 --patch me/my-patch
     """
     from portllm import api
     from portllm.cli.lineage import of_verify

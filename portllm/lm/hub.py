@@ -9,13 +9,15 @@ from portllm.errors import CheckpointError
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 # safetensors only: pickled weights are never downloaded
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "*.md")
 
 
-def resolve(name: str | Path) -> Path:
+def resolve(name: str | Path, *, whole: bool = False) -> Path:
     """The directory `name` stands for: itself when it exists, else a snapshot of the hub repository.
 
-    Raises CheckpointError when it is neither, or when the hub cannot be reached or refuses.
+    A snapshot has what a model loads from; `whole`: every file that is not pickled. Raises CheckpointError when it is
+    neither, or when the hub cannot be reached or refuses.
     """
     path = Path(name)
     try:
@@ -29,10 +31,10 @@ def resolve(name: str | Path) -> Path:
         raise CheckpointError(
             f"{name or repr(name)}: no such directory; expected a checkpoint or patch directory, or a hub id"
         )
-    return _download(str(name), match["repo"], match["revision"])
+    return _download(str(name), match["repo"], match["revision"], whole)
 
 
-def _download(name: str, repo: str, revision: str | None) -> Path:
+def _download(name: str, repo: str, revision: str | None, whole: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -44,7 +46,8 @@ def _download(name: str, repo: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(PATTERNS)))
+        allowed, ignored = (None, list(PICKLES)) if whole else (list(PATTERNS), None)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=allowed, ignore_patterns=ignored))
     except GatedRepoError as error:
         raise CheckpointError(
             f"{name}: the hub repository is gated; accept its terms there, then log in with `hf auth login`"
