@@ -105,7 +105,7 @@ class Mutator:
             return [value] * self.random.choice((1, 2, 100))
         if kind == 2:
             deep: Any = value
-            for _ in range(self.random.choice((2, 50, 500))):
+            for _ in range(self.random.choice((2, 50, 200))):
                 deep = {"base": deep}
             return deep
         return self.random.choice(NASTY)
