@@ -59,7 +59,17 @@ def _others(folder: Path) -> Iterator[tuple[str, Path]]:
                 path = Path(where) / name
                 relative = path.relative_to(folder).as_posix()
                 if not name.startswith(".") and not _is_weight(name) and relative not in RECORDS:
+                    _refuse_half_characters(relative, folder)
                     yield relative, path
+
+
+def _refuse_half_characters(name: str, folder: Path) -> None:
+    """A name that is no UTF-8 could be copied, and not be named in a record."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        shown = name.encode("utf-8", "backslashreplace").decode()
+        raise CheckpointError(f"{folder}: the name of its file {shown} is not UTF-8; rename or remove it") from error
 
 
 def _file(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import subprocess  # noqa: S404  (git is asked one fixed question)
 from collections.abc import Iterable
@@ -40,7 +41,11 @@ def is_hub_name(name: str) -> bool:
 
 
 def public_name(path: Path) -> str:
-    """How a record names `path`: hub id for a hub cache, as given when relative, else its last component."""
+    """How a record names `path`: hub id for a hub cache, as given when relative, else its last component.
+
+    What is not UTF-8 in it becomes U+FFFD: a record could not hold it.
+    """
+    path = Path(os.fsencode(path).decode("utf-8", "replace"))
     if path.parent.name == SNAPSHOTS and path.parent.parent.name.startswith("models--"):
         return path.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
     if path.is_absolute():

@@ -164,6 +164,4 @@ class DatasetRecord:
 
 def dumps(tree: Any) -> str:
     """JSON as every file of ours is written: indented, in field order, with a closing newline."""
-    text = json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    # a file name that is no UTF-8 has lone surrogates, which JSON can escape and UTF-8 cannot hold
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

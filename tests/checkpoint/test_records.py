@@ -74,11 +74,3 @@ def test_the_card_is_one_the_hub_reads(record: PortRecord) -> None:
     assert card.data.library_name == ("peft" if record.output == "adapter" else "transformers")
     assert "1 of the base's 2 modules" in text
     assert ("not known" in text) == (record.trained_on is None)
-
-
-@pytest.mark.parametrize("name", ["caf\udce9", "\ud83d", "😀 é\n\x00", "\u2028"])
-def test_a_name_that_is_no_utf8_comes_back(name: str, tmp_path: Path) -> None:
-    record = PortRecord(base=Source(name=name, fingerprint=None), patch=OLD, files={name: "1" * 64})
-    record.write(tmp_path)
-    assert PortRecord.read(tmp_path) == record
-    port_card(record).encode()

@@ -316,3 +316,15 @@ def test_on_the_command_line_and_in_python(world: World) -> None:
     assert broken.stderr.startswith("Error: ")
     assert "config.json" in broken.stderr
     assert len(broken.stderr.splitlines()) == 1
+
+
+def test_names_that_are_no_utf8(world: World) -> None:
+    """A directory's is shown with a mark in the record; a file's, which the record has to name, is refused."""
+    base = world.base.rename(world.base.parent / os.fsdecode(b"caf\xe9"))
+    out = world.base.parent / "out"
+    port.run(patch=world.patch, onto=base, out=out, params=PortParams())
+    assert PortRecord.read(out).base.name == "caf\ufffd"
+    dataclasses.replace(world, base=base).proven(out)
+    (base / os.fsdecode(b"\xff.json")).write_text("{}")
+    with pytest.raises(CheckpointError, match="not UTF-8"):
+        port.run(patch=world.patch, onto=base, out=out, params=PortParams(), force=True)
