@@ -11,13 +11,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from portllm.errors import OutputError
+
+STALE_SECONDS = 24 * 3600
 
 
 @contextlib.contextmanager
@@ -43,6 +47,7 @@ def staged(out: Path, *, force: bool = False, inputs: Sequence[Path] = ()) -> It
 def staged_file(out: Path) -> Iterator[Path]:
     """A path beside `out` to write one file to; it replaces `out` when the block ends without error."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(out)
     handle, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
     os.close(handle)
     partial = Path(name)
@@ -54,6 +59,14 @@ def staged_file(out: Path) -> Iterator[Path]:
     finally:
         partial.unlink(missing_ok=True)
     sync_directory(out.parent)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what runs killed long ago left beside the file `out`; a younger one may still be at work."""
+    for stale in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                stale.unlink()
 
 
 def refuse(out: Path, *, force: bool, inputs: Sequence[Path]) -> None:

@@ -245,3 +245,16 @@ def test_parents_made_in_vain_are_removed(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OutputError, match="could not be written .Disk quota exceeded"):
         write(tmp_path / "deep" / "er" / "out", "a")
     assert files(tmp_path) == []
+
+
+def test_what_a_kill_left_of_one_file_is_swept_up_a_day_later(tmp_path: Path) -> None:
+    old, young, other = (
+        tmp_path / name for name in (".f.json.abc.partial", ".f.json.def.partial", ".g.json.x.partial")
+    )
+    for path in (old, young, other):
+        path.touch()
+    os.utime(old, (0, 0))
+    os.utime(other, (0, 0))
+    with staged_file(tmp_path / "f.json") as partial:
+        partial.write_text("whole")
+    assert files(tmp_path) == [young.name, other.name, "f.json"]
