@@ -318,10 +318,15 @@ def _check_tokens(config: Mapping[str, Any], contents: Contents, path: Path) -> 
     """Every entry of trainable_token_indices has its rows; a tied head shares those of one with the same tokens."""
     wanted = config.get("trainable_token_indices") or []
     held = {rows.indices for rows in contents.tokens.values()}
-    for key, indices in (wanted if isinstance(wanted, dict) else {"the embedding": wanted}).items():
+    for key, indices in (wanted if isinstance(wanted, dict) else {"": wanted}).items():
         own = any(module.endswith(key) for module in contents.tokens)
         if indices and not own and tuple(indices) not in held:
-            raise PatchError(f"{path}: holds no rows for the trained tokens of {key}; expected trainable_tokens_delta")
+            raise PatchError(
+                f"{path}: holds no rows for the trained tokens of {key or 'the embedding'}; expected "
+                "trainable_tokens_delta, was the patch saved whole?"
+            )
+        if indices and not own:
+            contents.follows_tie.add(key)
     if not isinstance(wanted, dict) and len(contents.tokens) > 1:  # a list is for the input embedding
         # with save_embedding_layers PEFT writes the rows of the tied head too, and never reads them
         for module in [module for module in contents.tokens if module.rpartition(".")[2] in OUTPUTS]:

@@ -61,8 +61,7 @@ def adapter_file(patch: Patch, old: Old | None, folder: Path) -> TargetFile:
     """The weights that re-targeting `patch` writes into `folder`: its own, but for copies of base weights."""
     if patch.init != "plain" and old is not None:
         return converted(patch, old, patch.config, folder / WEIGHTS)[0]
-    copies = {entry.name for entry in patch.saved.values()}
-    kept = (entry for name, entry in patch.header.tensors.items() if name not in copies)
+    kept = (entry for name, entry in patch.header.tensors.items() if name not in patch.left_behind)
     return TargetFile(folder / WEIGHTS, b"", tuple(Target(entry, (patch.header, entry)) for entry in kept))
 
 

@@ -35,8 +35,9 @@ class Patch:
     tokens: rows that take the base's place (trainable_token_indices), by module.
     saved: copies of the base's weights that PEFT wrote along, by module; no part of the patch, and `plan.check_saved`
     proves that they are copies. idle: tensors without effect on the patched model, by name.
-    follows_tie: modules in `modules` or `replaced` that PEFT only uses where the base ties them to its embedding
-    (ensure_weight_tying). init: what the initialisation took out of the old base.
+    follows_tie: modules (or ends of their names) to which PEFT gives something only where the base ties them to its
+    embedding: LoRA or whole weights by ensure_weight_tying, or the embedding's trained rows.
+    init: what the initialisation took out of the old base.
     """
 
     path: Path
@@ -79,6 +80,11 @@ class Patch:
     def ensure_weight_tying(self) -> bool:
         """Whether the base's tied weights were kept tied in training."""
         return bool(self.config.get("ensure_weight_tying"))
+
+    @property
+    def left_behind(self) -> frozenset[str]:
+        """Tensors that are of the base it was trained on: in a patch for another base, PEFT would put them over it."""
+        return frozenset(entry.name for entry in (*self.saved.values(), *self.idle.values()))
 
     @property
     def beyond(self) -> str | None:

@@ -57,6 +57,7 @@ class _Planner:
     def plan(self) -> Plan:
         self._refuse_missing()
         self._refuse_scale()
+        self._refuse_untied()
         for module, pair in self.patch.modules.items():
             self._pair(module, pair)
         for owner, stack in self.patch.stacks.items():
@@ -305,6 +306,16 @@ class _Planner:
             return name in self.layout.modules
         parameter = name if name in self.patch.replaced else f"{name}.weight"
         return self.places.known(parameter) or self._is_new_head(parameter)
+
+    def _refuse_untied(self) -> None:
+        """What PEFT gives a module only because the base ties it to its embedding needs a base that does."""
+        tied = [parameter.rpartition(".")[0] for parameter in self.layout.tied]
+        for name in sorted(self.patch.follows_tie - {name.rpartition(".")[0] for name in self.patch.replaced}):
+            if not any(module.endswith(name) for module in tied):
+                raise UnmatchedModulesError(
+                    f"{name}: the patch was trained where it is tied to the embedding, {self.base.path} does not tie "
+                    "them, so PEFT would not load it; expected a base that does (tie_word_embeddings)"
+                )
 
     def _refuse_scale(self) -> None:
         patch = self.patch

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from portllm.checkpoint.pairs import LoraPair
 from portllm.checkpoint.patch import CONFIG, Patch
 from portllm.checkpoint.patterns import WHOLE, first_matches
 from portllm.checkpoint.places import RELEASE, Places
@@ -46,13 +47,20 @@ def _stays_tied(head: str, embedding: str, patch: Patch) -> bool:
     if not patch.ensure_weight_tying:
         return False
     if _tied_by_peft(patch.config):
-        return True
+        return not _differ(patch.modules.get(above), patch.modules.get(below))
     if _holds(patch, head) and _holds(patch, embedding):
         raise UnsupportedPatchError(
             f"{head}: the patch holds both sides of a tied pair, but PEFT ties only modules called "
             f"{' or '.join(TIED_BY_PEFT)} and leaves this one out on loading; expected a patch of one side"
         )
     return False
+
+
+def _differ(above: LoraPair | None, below: LoraPair | None) -> bool:
+    """Whether the two sides' updates differ all the same: PEFT ties the factors, not their scaling nor DoRA's norms."""
+    if above is None or below is None:
+        return False
+    return above.scaling != below.scaling or above.magnitude is not None or below.magnitude is not None
 
 
 def _tied_by_peft(config: Mapping[str, Any]) -> bool:

@@ -194,7 +194,7 @@ def _write_adapter(
     """Write the patch, re-targeted to the base, into `folder`; returns the record with what it lacked."""
     extras = tokenizer_files(patch.path)
     # base weights saved with the patch stay behind: PEFT would put them over the new base's
-    names = patch.header.tensors.keys() - {entry.name for entry in patch.saved.values()}
+    names = patch.header.tensors.keys() - patch.left_behind
     meter = Meter(patch.header.size + sum(path.stat().st_size for path in extras.values()), on_progress)
     _check_space(folder, 2 * meter.total)
     files = {name: copy_file(path, _under(folder, name), meter) for name, path in extras.items()}

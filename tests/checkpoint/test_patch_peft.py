@@ -314,6 +314,8 @@ def test_trained_tokens_are_rows(name: str, save: Any, adapt: Adapt) -> None:
     if copied and isinstance(indices, dict):
         expected = {"lm_head": tuple(indices["lm_head"]), **expected}  # peft then saves the tied side again
     assert {module: rows.indices for module, rows in patch.tokens.items()} == expected
+    shared = "tied" in name and not copied and isinstance(indices, dict) and "lm_head" not in expected
+    assert patch.follows_tie == ({"lm_head"} if shared else frozenset())
     again = {"lm_head.token_adapter.trainable_tokens_delta"}
     assert set(patch.idle) == (again if copied and isinstance(indices, list) else set())
     for module, rows in patch.tokens.items():
