@@ -14,7 +14,7 @@ import click
 
 from portllm import __version__
 from portllm.cli import judging, making
-from portllm.cli.running import Settings, Verbs
+from portllm.cli.running import Settings, Verbs, hush
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -33,6 +33,7 @@ def main(ctx: click.Context, verbose: int, quiet: bool, track: bool | None) -> N
       portllm evaluate new-base --patch my-patch --tasks boolq --out scores.json
       portllm fingerprint new-base
     """
+    hush(quiet=quiet)
     ctx.obj = Settings(verbose=verbose, quiet=quiet, track=track)
 
 

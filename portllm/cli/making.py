@@ -222,6 +222,7 @@ def port(
     elif hub is not None:
         pushed = api.push(hub, out, record)
         told["pushed"] = dataclasses.asdict(pushed)
+        line = line if planned else f"{out}: is this very port already, whole and unchanged"
         line = f"{line}\n{pushed.url}: every file arrived (branch {pushed.revision}, commit {pushed.commit[:12]})"
     answer(told, as_json=opts.as_json, line=line)
 

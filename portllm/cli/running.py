@@ -141,12 +141,7 @@ def stage(verb: str, *, name: str, section: Any, opts: Common, always: bool = Fa
     """Run a verb's body: tracked where asked (or `always`), timed into --cost, stopped when its DVC is gone."""
     from portllm.tracking import track
 
-    if not sys.stderr.isatty():
-        # the libraries' own bars would fill a log file; ours become plain lines
-        os.environ.setdefault("TQDM_DISABLE", "1")
     settings = click.get_current_context().find_object(Settings) or Settings()
-    if settings.quiet:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _follow_parent()
     root = Path(os.environ.get(DVC_ROOT, "."))
     flat = params.as_tree(section) if section is not None else {}
@@ -157,6 +152,15 @@ def stage(verb: str, *, name: str, section: Any, opts: Common, always: bool = Fa
         yield running
         if opts.cost is not None:
             _write_cost(opts.cost, {"stage": verb, **running.cost})
+
+
+def hush(*, quiet: bool) -> None:
+    """Tell the libraries, before they are imported, to draw no bars into a log file; and to say nothing if `quiet`."""
+    if quiet or not sys.stderr.isatty():  # our own bars become plain lines there
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if quiet:
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 def place(out: Path) -> str:
