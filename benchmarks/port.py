@@ -211,6 +211,7 @@ def _write_file(path: Path, shapes: dict[str, tuple[int, ...]], code: str = "BF1
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [at, stop]}
         at = stop
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # safetensors aligns the data
     torch.manual_seed(0)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from portllm.errors import ShapeError
 
-EPSILON = 2.0**-24  # half a unit in the last place of float32, relative
+BLOCK_ELEMENTS = 1 << 16  # with their float64 sums they stay in the L2 cache through all passes
 
 
 def delta(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -39,12 +39,15 @@ class Scratch:
     def __init__(self, elements: int) -> None:
         self.elements = elements
         self._kept: dict[torch.dtype, Tensor] = {}
+        self._views: dict[tuple[torch.dtype, torch.Size], Tensor] = {}
 
     def like(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor of `weight`'s shape; the same memory for every call with the same dtype."""
-        if dtype not in self._kept:
-            self._kept[dtype] = torch.empty(self.elements, dtype=dtype)
-        return self._kept[dtype][: weight.numel()].view(weight.shape)
+        if (dtype, weight.shape) not in self._views:
+            if dtype not in self._kept:
+                self._kept[dtype] = torch.empty(self.elements, dtype=dtype)
+            self._views[dtype, weight.shape] = self._kept[dtype][: weight.numel()].view(weight.shape)
+        return self._views[dtype, weight.shape]
 
 
 class Update:
@@ -64,59 +67,31 @@ class Update:
     def _wide_a(self) -> Tensor:
         return self._a.double()
 
-    @cached_property
-    def _narrow_a(self) -> Tensor:
-        return self._a.float()
-
-    @cached_property
-    def _columns_a(self) -> Tensor:
-        return self._wide_a.T.contiguous()  # (in, r): one column of A is one cache line or two
-
-    @cached_property
-    def _largest_a(self) -> float:
-        return float(self._columns_a.norm(dim=1).max())
-
     def add_rows(self, weight: Tensor, row: int, out: Tensor, scratch: Scratch) -> float:
         """out = rows of W from `row` on, `weight` (rows, in), + Δ's same rows, rounded once to the weight's dtype.
 
-        Returns an upper bound of the largest absolute sum, or NaN. float32: the sum in float64, rounded. 16-bit types:
-        the sum in fp32; only where its error bound straddles a rounding boundary, a few elements in a thousand, is it
-        computed again in float64.
+        The sum is formed in float64. Returns its largest absolute value once rounded, or NaN where there is one.
         """
         if weight.numel() == 0:
             return 0.0
         b = self._b[row : row + weight.shape[0]].double() * self._scale
-        if weight.dtype in (torch.float32, torch.float64):
-            total = scratch.like(weight, torch.float64).copy_(weight)
-            out.copy_(torch.addmm(total, b, self._wide_a, out=total))
-            return _largest(out)
-        total = torch.mm(b.float(), self._narrow_a, out=scratch.like(weight, torch.float32))
-        # not addmm: how often BLAS rounds what it adds to is its own affair, and the bound must hold
-        total.add_(weight)
-        size = _largest(total)
-        bound = self._bound(size, b)
-        out.copy_(total.sub_(bound))
-        high = scratch.like(weight, weight.dtype).copy_(total.add_(2 * bound))
-        unsure = _differing(out, high)
-        if len(unsure):
-            out.view(-1)[unsure] = self._exact(weight, unsure, b)
-        return size + bound
+        step, ties = max(1, BLOCK_ELEMENTS // weight.shape[1]), _Ties(out)
+        for old, new, factor in zip(*(torch.split(whole, step) for whole in (weight, out, b)), strict=True):
+            total, near = scratch.like(old, torch.float64), scratch.like(old, torch.float32)
+            # float16 is widened several times as fast by way of float32
+            total.copy_(near.copy_(old) if old.dtype == torch.float16 else old)
+            torch.addmm(total, factor, self._wide_a, out=total)
+            if new.dtype in (torch.float32, torch.float64):
+                new.copy_(total)
+            else:
+                new.copy_(near.copy_(total))
+                ties.find(near, total)
+        ties.settle()
+        return _largest(out)
 
     def exact(self) -> Tensor:
         """Δ whole, in float64."""
-        return (self._b.double() * self._scale) @ self._a.double()
-
-    def _bound(self, size: float, b: Tensor) -> float:
-        # product: γ_r ‖b‖‖a‖ (Cauchy-Schwarz), one ε each for casting a and b; the sum, − bound and + 2 bound: one
-        # ε · size each; and one of each for terms of second order
-        product = float(b.norm(dim=1).max()) * self._largest_a
-        return EPSILON * ((b.shape[1] + 3) * product + 4 * size)
-
-    def _exact(self, weight: Tensor, index: Tensor, b: Tensor) -> Tensor:
-        i = index.div(weight.shape[1], rounding_mode="trunc")
-        j = index.sub(i, alpha=weight.shape[1])
-        product = b[i].mul_(self._columns_a[j]).sum(dim=1)
-        return round_once(product.add_(weight.view(-1)[index].double()), weight.dtype)
+        return (self._b.double() * self._scale) @ self._wide_a
 
 
 @dataclass(frozen=True)
@@ -212,18 +187,60 @@ def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
     return near.to(dtype)
 
 
-def _largest(values: Tensor) -> float:
-    # amin and amax apart are faster than aminmax, and both pass NaN on
-    low, high = float(values.amin()), float(values.amax())
-    return max(-low, high) if low == low else low
+class _Ties:
+    """Where rounding float64 to a 16-bit type by way of float32 may have rounded twice: rare, so settled all at once.
+
+    Every tie of a 16-bit type is a float32. So where the float32 is none, it lies on the same side of the nearest one
+    as the float64 does, and its rounding is the right one.
+    """
+
+    def __init__(self, out: Tensor) -> None:
+        self._out, self._start = out.view(-1), 0
+        self._found: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def find(self, near: Tensor, value: Tensor) -> None:
+        """Note the ties among the next float32s, `near`, which were float64s, `value`."""
+        if len(found := _ties(near, self._out.dtype)):
+            self._values.append(value.view(-1).index_select(0, found))
+            self._found.append(found.add_(self._start))
+        self._start += near.numel()
+
+    def settle(self) -> None:
+        """Round them once."""
+        if self._found:
+            values = round_once(torch.cat(self._values), self._out.dtype)
+            self._out.index_copy_(0, torch.cat(self._found), values)
 
 
-def _differing(low: Tensor, high: Tensor) -> Tensor:
-    """Flat indices where two 16-bit tensors differ in their bits (numpy's search is several times torch's speed)."""
+def _ties(near: Tensor, dtype: torch.dtype) -> Tensor:
+    """Flat indices of all float32 values half-way between two of a 16-bit type, and of some that are not."""
     import numpy
 
-    found = numpy.flatnonzero(low.view(torch.int16).view(-1).numpy() != high.view(torch.int16).view(-1).numpy())
-    return torch.from_numpy(found)
+    bits = near.view(-1).view(torch.int32).numpy()
+    if dtype == torch.bfloat16:
+        mask = bits.view(numpy.int16) == -0x8000  # the lower half; the upper one only of -0 and its neighbours
+        size = 4  # numbers in eight bytes of the mask, which are searched at once
+    else:
+        mask, size = bits & 0xFFF == 0, 8  # the last 13 bits are 1000, below float16's normal numbers 0000
+    whole = len(bits) // size * size
+    found = numpy.flatnonzero(mask[: len(mask) // 8 * 8].view(numpy.int64) != 0)
+    if len(found):
+        found = (size * found[:, None] + numpy.arange(size)).ravel()
+    return torch.from_numpy(numpy.append(found, numpy.arange(whole, len(bits))) if whole < len(bits) else found)
+
+
+def _largest(values: Tensor) -> float:
+    """Largest absolute value, NaN where there is one."""
+    import numpy
+
+    if values.dtype in (torch.float32, torch.float64):
+        # amin and amax apart are faster than aminmax, and both pass NaN on
+        low, high = float(values.amin()), float(values.amax())
+        return max(-low, high) if low == low else low
+    bits = values.view(torch.int16).numpy()  # as numbers they are in the order of magnitude, first + and then -
+    positive, negative = int(bits.max()), int(bits.view(numpy.uint16).max()) - 0x8000
+    return float(torch.tensor(max(positive, negative), dtype=torch.int16).view(values.dtype))
 
 
 def inner(a1: Tensor, b1: Tensor, s1: float, a2: Tensor, b2: Tensor, s2: float) -> float:

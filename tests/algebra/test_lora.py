@@ -33,6 +33,12 @@ def rounded(exact: Fraction, dtype: torch.dtype) -> Fraction:
     return round(exact / unit) * unit  # Python rounds halves to even
 
 
+def nearest(exact: Fraction, dtype: torch.dtype) -> float:
+    """`rounded` as a number; infinite where it is too large for the type."""
+    value = rounded(exact, dtype)
+    return float(value) if abs(value) <= torch.finfo(dtype).max else math.copysign(math.inf, value)
+
+
 def whole(draw: st.DrawFn, shape: tuple[int, int], size: int) -> torch.Tensor:
     count = shape[0] * shape[1]
     return torch.tensor(draw(st.lists(st.integers(-size, size), min_size=count, max_size=count))).double().view(shape)
@@ -43,9 +49,10 @@ def problems(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
     """(weight, a, b, scale) whose float64 sum is exact, so that ties are common and the truth is known."""
     rows, columns, rank = draw(st.integers(1, 4)), draw(st.integers(1, 5)), draw(st.integers(1, 3))
     dtype = draw(DTYPES)
-    weight = whole(draw, (rows, columns), 127) * 2.0 ** draw(st.integers(-6, 2))
+    unit = 2.0 ** draw(st.sampled_from([0, 0, -13, -20, -128, 10]))  # subnormal and overflowing numbers, too
+    weight = whole(draw, (rows, columns), 127) * 2.0 ** draw(st.integers(-6, 2)) * unit
     a = whole(draw, (rank, columns), 63) * 2.0 ** draw(st.integers(-8, 0))
-    b = whole(draw, (rows, rank), 63) * 2.0 ** draw(st.integers(-8, 0))
+    b = whole(draw, (rows, rank), 63) * 2.0 ** draw(st.integers(-8, 0)) * unit
     return weight.to(dtype), a.float(), b.float(), draw(st.sampled_from([1.0, 2.0, 0.5, -1.0, 0.0]))
 
 
@@ -59,7 +66,26 @@ def test_sum_is_the_exact_one_rounded_once(problem: tuple[torch.Tensor, torch.Te
         for j in range(weight.shape[1]):
             terms = (Fraction(b[i, k].item()) * Fraction(a[k, j].item()) for k in range(len(a)))
             exact = Fraction(weight[i, j].item()) + Fraction(scale) * sum(terms, Fraction(0))
-            assert Fraction(result[i, j].item()) == rounded(exact, weight.dtype)
+            assert result[i, j].item() == nearest(exact, weight.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [1, 3, 27, 32])
+def test_sums_at_ties_and_a_hair_beside_them(dtype: torch.dtype, columns: int) -> None:
+    """1 + half a unit, + or - what float32 cannot hold: at every exponent, subnormal numbers included."""
+    digits, least = PRECISION[dtype]
+    exponents = torch.arange(least - 2, 15 if dtype == torch.float16 else 127, dtype=torch.float64)
+    near = torch.tensor([1.0, 0.5, 1.5])[torch.arange(columns) % 3] * 2.0**-digits
+    hair = torch.tensor([0.0, 1.0, -1.0])[torch.arange(columns) // 3 % 3] * 2.0**-45
+    b = torch.stack([torch.ones(len(exponents)), torch.ones(len(exponents))], dim=1) * (2.0**exponents).unsqueeze(1)
+    weight = (2.0**exponents).to(dtype).unsqueeze(1).repeat(1, columns)
+    result = lora.add_delta(weight, torch.stack([near, hair]).double(), b, 1.0)
+    for i in range(len(weight)):
+        for j in range(columns):
+            exact = Fraction(weight[i, j].item()) + Fraction(b[i, 0].item()) * (
+                Fraction(near[j].item()) + Fraction(hair[j].item())
+            )
+            assert result[i, j].item() == nearest(exact, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
