@@ -68,8 +68,7 @@ def port_card(record: PortRecord, facts: Facts | None = None) -> str:
     merged = record.output == "merged"
     auto, tag = _task(facts)
     front = {
-        # the hub takes its own names only; a local directory's is in the table below
-        "base_model": [record.base.name] if is_hub_name(record.base.name) else None,
+        "base_model": _base_model(record.base),
         "base_model_relation": "finetune" if merged else "adapter",
         "library_name": "transformers" if merged else "peft",
         "pipeline_tag": tag,
@@ -84,7 +83,7 @@ def port_card(record: PortRecord, facts: Facts | None = None) -> str:
 def patch_card(record: PatchRecord) -> str:
     """README.md of a patch just trained: its base, its data and how to move it to the next release."""
     front = {
-        "base_model": [record.base.name] if is_hub_name(record.base.name) else None,
+        "base_model": _base_model(record.base),
         "library_name": "peft",
         "datasets": _datasets(record.data),
         "tags": ["portllm", "lora"],
@@ -257,6 +256,11 @@ def _license(card: Path) -> dict[str, str]:
     if "license" not in found:
         return {}
     return {key: value for key, value in sorted(found.items()) if key == "license" or found["license"] == "other"}
+
+
+def _base_model(base: Source) -> list[str]:
+    # a revision is known of the hub's own only: a local directory's name would point to somebody else's model
+    return [base.name] if base.revision and is_hub_name(base.name) else []
 
 
 def _datasets(data: Mapping[str, str]) -> list[str]:

@@ -67,11 +67,12 @@ def test_the_front_matter_is_the_hubs() -> None:
 
 
 def test_what_is_not_known_is_left_out_or_said() -> None:
-    local = dataclasses.replace(RECORD, base=Source(name="models/releases/v1", fingerprint=None), trained_on=None)
-    card = port_card(local)
-    assert set(front(card)) == {"base_model_relation", "library_name", "tags"}  # the hub refuses paths as base_model
-    assert "| the patch was trained on | not known | not known |" in card
-    assert "`models/releases/v1`" in card
+    for name in ("models/releases/v1", "new-base"):  # the hub refuses paths, and a directory's name is not a model's
+        local = dataclasses.replace(RECORD, base=Source(name=name, fingerprint=None), trained_on=None)
+        card = port_card(local)
+        assert set(front(card)) == {"base_model_relation", "library_name", "tags"}
+        assert "| the patch was trained on | not known | not known |" in card
+        assert f"`{name}`" in card
 
 
 def test_the_lineage_names_everything() -> None:
