@@ -66,7 +66,7 @@ TYPES: Mapping[str, Check] = {
 # keys that change nothing in a trained patch: the configurations of initialisations are judged by init_lora_weights
 HARMLESS = frozenset({
     "auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_ga_config", "megatron_core",
-    "qalora_group_size", "runtime_config",
+    "merge_weights", "qalora_group_size", "runtime_config",
 })  # fmt: skip
 
 REFUSED: Mapping[str, str] = {

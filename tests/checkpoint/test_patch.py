@@ -121,6 +121,12 @@ def test_unsupported_configurations_are_refused_by_name(name: str, tmp_path: Pat
     assert len(str(error.value).split(";")) + len(str(error.value).split(": ")) > 3, "no next step"
 
 
+def test_the_config_of_the_first_peft_is_read(tmp_path: Path, make_patch: Make) -> None:
+    first = {"enable_lora": None, "merge_weights": False, "modules_to_save": None, "target_modules": ["q_proj"]}
+    patch = Patch.open(make_patch(tmp_path / "p", {Q: pair()}, fan_in_fan_out=False, init_lora_weights=True, **first))
+    assert list(patch.modules) == [Q]
+
+
 def test_every_key_of_pefts_config_is_known() -> None:
     from dataclasses import fields
 
