@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -328,3 +329,40 @@ def test_names_that_are_no_utf8(world: World) -> None:
     (base / os.fsdecode(b"\xff.json")).write_text("{}")
     with pytest.raises(CheckpointError, match="not UTF-8"):
         port.run(patch=world.patch, onto=base, out=out, params=PortParams(), force=True)
+
+
+STRANGE = (
+    None, 0, -1, 1e308, "", "\ud800", "../x", "x" * 70, [], {}, True, {"a": {}}, "0" * 64, "\n", ["config.json"],
+)  # fmt: skip
+
+
+def mutate(tree: dict[str, Any], dice: random.Random) -> None:
+    """Take something out of a record, put something in, or put something strange in its place."""
+    node = tree
+    key = dice.choice(sorted(node))
+    while isinstance(node[key], dict) and node[key] and dice.random() < 0.7:
+        node = node[key]
+        key = dice.choice(sorted(node))
+    kind = dice.randrange(3)
+    if kind == 0:
+        del node[key]
+    elif kind == 1:
+        node[dice.choice(["more", "..", "/", "model.safetensors", "\0", "a/b"])] = dice.choice(STRANGE)
+    else:
+        node[key] = dice.choice(STRANGE)
+
+
+def test_a_mutated_record_never_ends_in_anything_but_one_line(world: World) -> None:
+    """A few hundred seeded mutations of port.json: each is refused in one line, or changes nothing that is checked."""
+    dice, refusals = random.Random(5), []
+    original = (world.merged / "port.json").read_text()
+    for _ in range(300):
+        tree = json.loads(original)
+        mutate(tree, dice)
+        (world.merged / "port.json").write_text(json.dumps(tree))
+        try:
+            verify.run(folder=world.merged)
+        except PortllmError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 150
+    assert not any("\n" in text for text in refusals)
