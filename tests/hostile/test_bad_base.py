@@ -179,6 +179,7 @@ SHARDS: dict[str, tuple[Spoil, str]] = {
     "companion a link to nothing": (lambda b: (b.base / "merges.txt").symlink_to("gone"), "merges.txt"),
     "companion a FIFO": (lambda b: os.mkfifo(b.base / "vocab.json"), "vocab.json"),
     "companion a device": (lambda b: (b.base / "vocab.json").symlink_to("/dev/zero"), "vocab.json"),
+    "companion of a name no text can hold": (lambda b: (b.base / "a\udcff.txt").touch(), "\\udcff.txt"),
     "companion a link in circles": (lambda b: (b.base / "LICENSE").symlink_to("LICENSE"), "LICENSE"),
 }  # fmt: skip
 
