@@ -64,6 +64,15 @@ class Places:
             )
         return parts[0].tensor
 
+    def refuse_bias(self, module: str) -> None:
+        """PEFT computes a linear module with trained tokens without its bias, which no checkpoint can say."""
+        known = self.layout.modules.get(self.in_memory(module))
+        if known is not None and known.kind == "linear" and "bias" in known.parameters:
+            raise UnsupportedPatchError(
+                f"{module}: has a bias, and PEFT leaves it out where tokens are trained (trainable_token_indices); "
+                "expected an output head without a bias, train the embedding with modules_to_save"
+            )
+
     def head_tensor(self, parameter: str) -> str:
         """What a tied head is called on disk once it has a tensor of its own."""
         return self.layout.absent.get(parameter) or on_disk(parameter, self.base)

@@ -279,6 +279,7 @@ class _Planner:
         self.modules.add(self.places.in_memory(module))
         parts, shape = self.places.place(f"{module}.weight")
         tensor = self.places.single(module, parts, "trainable_token_indices")
+        self.places.refuse_bias(module)
         if tokens.indices and max(tokens.indices) >= shape[0] or tokens.entry.shape != (len(tokens.indices), shape[1]):
             raise ShapeError(
                 f"{module}: the patch trained {times(tokens.entry.shape)} rows up to {max(tokens.indices, default=0)}, "

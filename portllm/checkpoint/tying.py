@@ -32,6 +32,8 @@ def settle(changes: dict[str, Change], patch: Patch, places: Places) -> dict[str
         if below is None or (below not in changes and above not in changes):
             continue
         if _stays_tied(head, embedding, patch):
+            if embedding.rpartition(".")[0] in patch.tokens:
+                places.refuse_bias(head.rpartition(".")[0])
             _keep_tied(head, above, below, changes, places)
         else:
             _untie(head, above, below, changes, places)

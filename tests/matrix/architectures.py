@@ -139,6 +139,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         linears=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), query_value=("query_key_value",),
         embedding="embed_in", head="lm_head", norm="final_layer_norm",
     ),
+    "phi": Architecture(  # a head with a bias
+        "phi", {**UNTIED, "intermediate_size": 24}, linears=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+        norm="final_layernorm",
+    ),
+    "ctrl": Architecture(  # a tied head with a bias
+        "ctrl", {"vocab_size": VOCABULARY, "n_embd": 16, "dff": 24, "n_layer": 2, "n_head": 2, "n_positions": 64},
+        linears=("Wq", "Wk", "Wv", "dense"), query_value=("Wq", "Wv"), embedding="w", norm="layernorm",
+    ),
     "mixtral": Architecture(
         "mixtral", {**ROUTED, "num_local_experts": 4}, **_EXPERTS_ONLY, router="gate.weight", shard_bytes=3000
     ),

@@ -163,6 +163,9 @@ def _tokens() -> Iterator[Case]:
         listed = {arch.embedding: tokens} if arch.embedding == "embed_in" else tokens
         yield Case(name, "tokens", {**lora, "trainable_token_indices": listed})
         yield Case(name, "tokens-dict", {**lora, "trainable_token_indices": {arch.embedding: [40, 3]}})
+    for name in ("ctrl", "phi"):  # PEFT computes a head with trained tokens without its bias
+        tokens_of = {ARCHITECTURES[name].embedding: tokens} if name == "ctrl" else {"lm_head": tokens}
+        yield Case(name, "tokens", {**_linears(name), "trainable_token_indices": tokens_of}, refused="lm_head.*bias")
     yield Case("llama", "tokens-both",
                {**QUERY_VALUE, "trainable_token_indices": {"embed_tokens": tokens, "lm_head": [1, 47]}})  # fmt: skip
     yield Case("llama-tied", "tokens-both",
