@@ -75,7 +75,7 @@ class Update:
         if weight.numel() == 0:
             return 0.0
         b = self._b[row : row + weight.shape[0]].double() * self._scale
-        step, ties = max(1, BLOCK_ELEMENTS // weight.shape[1]), _Ties(out)
+        step, ties = max(1, BLOCK_ELEMENTS // weight.shape[1]), _Ties(out, scratch)
         for old, new, factor in zip(*(torch.split(whole, step) for whole in (weight, out, b)), strict=True):
             total, near = scratch.like(old, torch.float64), scratch.like(old, torch.float32)
             # float16 is widened several times as fast by way of float32
@@ -194,14 +194,14 @@ class _Ties:
     as the float64 does, and its rounding is the right one.
     """
 
-    def __init__(self, out: Tensor) -> None:
-        self._out, self._start = out.view(-1), 0
+    def __init__(self, out: Tensor, scratch: Scratch) -> None:
+        self._out, self._scratch, self._start = out.view(-1), scratch, 0
         self._found: list[Tensor] = []
         self._values: list[Tensor] = []
 
     def find(self, near: Tensor, value: Tensor) -> None:
         """Note the ties among the next float32s, `near`, which were float64s, `value`."""
-        if len(found := _ties(near, self._out.dtype)):
+        if len(found := _ties(near, self._out.dtype, self._scratch)):
             self._values.append(value.view(-1).index_select(0, found))
             self._found.append(found.add_(self._start))
         self._start += near.numel()
@@ -213,16 +213,20 @@ class _Ties:
             self._out.index_copy_(0, torch.cat(self._found), values)
 
 
-def _ties(near: Tensor, dtype: torch.dtype) -> Tensor:
+def _ties(near: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
     """Flat indices of all float32 values half-way between two of a 16-bit type, and of some that are not."""
     import numpy
 
     bits = near.view(-1).view(torch.int32).numpy()
+    # fresh memory for the mask would cost more than the search
+    mask = scratch.like(near, torch.int16).view(-1).numpy().view(numpy.bool_)
     if dtype == torch.bfloat16:
-        mask = bits.view(numpy.int16) == -0x8000  # the lower half; the upper one only of -0 and its neighbours
         size = 4  # numbers in eight bytes of the mask, which are searched at once
+        numpy.equal(bits.view(numpy.int16), -0x8000, out=mask)  # the lower half; the upper one only of -0 and the like
     else:
-        mask, size = bits & 0xFFF == 0, 8  # the last 13 bits are 1000, below float16's normal numbers 0000
+        size, mask = 8, mask[: len(bits)]
+        last = numpy.bitwise_and(bits, 0xFFF, out=scratch.like(near, torch.int32).view(-1).numpy())
+        numpy.equal(last, 0, out=mask)  # the last 13 bits are 1000, or 0000 below float16's normal numbers
     whole = len(bits) // size * size
     found = numpy.flatnonzero(mask[: len(mask) // 8 * 8].view(numpy.int64) != 0)
     if len(found):

@@ -75,8 +75,8 @@ def test_sums_at_ties_and_a_hair_beside_them(dtype: torch.dtype, columns: int) -
     """1 + half a unit, + or - what float32 cannot hold: at every exponent, subnormal numbers included."""
     digits, least = PRECISION[dtype]
     exponents = torch.arange(least - 2, 15 if dtype == torch.float16 else 127, dtype=torch.float64)
-    near = torch.tensor([1.0, 0.5, 1.5])[torch.arange(columns) % 3].double()
-    hair = torch.tensor([0.0, 1.0, -1.0])[torch.arange(columns) // 3 % 3].double() * 2.0**-34
+    near = torch.tensor([1.5, 0.5, 1.0])[torch.arange(columns) % 3].double()
+    hair = torch.tensor([0.0, -1.0, 1.0])[torch.arange(columns) // 3 % 3].double() * 2.0**-34
     half_a_unit = 2.0 ** ((exponents - digits + 1).clamp(min=least) - 1)
     b = torch.stack([half_a_unit, half_a_unit], dim=1)
     weight = (2.0**exponents).to(dtype).unsqueeze(1).repeat(1, columns)
