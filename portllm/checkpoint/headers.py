@@ -154,7 +154,7 @@ def _entry(name: str, value: Any, start: int, path: Path) -> TensorEntry:
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _bad(path, f"tensor {name!r} has a malformed shape or byte range")
     if len(shape) > MAX_AXES or math.prod(n for n in shape if n) >= 2**63:
-        raise _bad(path, f"tensor {name!r} has {len(shape)} axes of sizes beyond what fits into memory")
+        raise _bad(path, f"tensor {name!r} has a shape of {len(shape)} axes that no memory holds")
     expected = math.prod(shape) * BITS[dtype]
     if expected != 8 * (offsets[1] - offsets[0]):
         raise _bad(path, f"tensor {name!r} needs {expected // 8} bytes, its range holds {offsets[1] - offsets[0]}")

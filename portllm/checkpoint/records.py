@@ -71,7 +71,7 @@ class Record:
         except TypeError as error:
             raise CheckpointError(f"{path}: {error}; make the directory again") from error
         if wrong := [k for k, v in values.items() if not _is(v, hints[k])]:
-            raise CheckpointError(f"{path}: {wrong[0]} is {tree[wrong[0]]!r:.60}; make the directory again")
+            raise CheckpointError(f"{path}: {wrong[0]} is of the wrong type, {tree[wrong[0]]!r:.60}; make the directory again")
         return record
 
 
@@ -84,7 +84,7 @@ def _source(tree: Any) -> Source | None:
     source = Source(**tree)
     hints = typing.get_type_hints(Source)
     if wrong := [k for k, v in vars(source).items() if not _is(v, hints[k])]:
-        raise TypeError(f"{wrong[0]} is {tree[wrong[0]]!r:.60}")
+        raise TypeError(f"{wrong[0]} is of the wrong type, {tree[wrong[0]]!r:.60}")
     return source
 
 

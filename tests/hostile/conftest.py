@@ -30,7 +30,7 @@ ADAPTER: dict[str, Any] = {
     "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 4, "bias": "none",
     "target_modules": ["q_proj", "v_proj", "down_proj"], "base_model_name_or_path": "somebody/old-base",
 }  # fmt: skip
-HANG_SECONDS = 20
+HANG_SECONDS = 60
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 
