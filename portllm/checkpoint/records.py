@@ -71,7 +71,7 @@ class Record:
         except TypeError as error:
             raise CheckpointError(f"{path}: {error}; make the directory again") from error
         if wrong := [k for k, v in values.items() if not _is(v, hints[k])]:
-            raise CheckpointError(f"{path}: {wrong[0]} is of the wrong type, {tree[wrong[0]]!r:.60}; make the directory again")
+            raise CheckpointError(f"{path}: {wrong[0]} is of the wrong type, {tree[wrong[0]]!r:.60}; make it again")
         return record
 
 

@@ -248,9 +248,7 @@ def test_parents_made_in_vain_are_removed(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_a_kill_left_of_one_file_is_swept_up_a_day_later(tmp_path: Path) -> None:
-    old, young, other = (
-        tmp_path / name for name in (".f.json.a.partial", ".f.json.b.partial", ".g.json.x.partial")
-    )
+    old, young, other = (tmp_path / name for name in (".f.json.a.partial", ".f.json.b.partial", ".g.json.x.partial"))
     for path in (old, young, other):
         path.touch()
     os.utime(old, (0, 0))
