@@ -21,7 +21,6 @@ The message says what, what was expected, what was found, and the next step.
 
 from __future__ import annotations
 
-
 MAX_CHARACTERS = 900
 
 

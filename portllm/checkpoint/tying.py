@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from portllm.checkpoint.layout import Layout
 from portllm.checkpoint.pairs import LoraPair
 from portllm.checkpoint.patch import CONFIG, Patch
 from portllm.checkpoint.patterns import WHOLE, first_matches
 from portllm.checkpoint.places import RELEASE, Places
 from portllm.checkpoint.plan import Change, disk_tensor, times
+from portllm.checkpoint.reader import equal_values
 from portllm.errors import ShapeError, UnsupportedPatchError
 
 # the names by which PEFT knows embeddings and heads (its EMBEDDING_LAYER_NAMES)
@@ -39,6 +41,31 @@ def settle(changes: dict[str, Change], patch: Patch, places: Places) -> dict[str
             _untie(head, above, below, changes, places)
             config["tie_word_embeddings"] = False
     return config
+
+
+def check_sides(patch: Patch, layout: Layout) -> None:
+    """Prove that the two sides of a tied pair are equal where PEFT makes them one: of two it would keep the last read.
+
+    Raises UnsupportedPatchError, naming the side.
+    """
+    if not patch.ensure_weight_tying or not _tied_by_peft(patch.config):
+        return
+    for head, embedding in layout.tied.items():
+        above, below = (patch.modules.get(name.rpartition(".")[0]) for name in (head, embedding))
+        same = above is None or below is None or _equal_factors(above, below)
+        if head in patch.replaced and embedding in patch.replaced:
+            path = patch.header.path
+            same = same and equal_values((path, patch.replaced[head]), (path, patch.replaced[embedding]))
+        if not same:
+            raise UnsupportedPatchError(
+                f"{patch.header.path}: {head} and {embedding} are one weight (ensure_weight_tying), expected equal "
+                "values of both, found others; save the patch again with PEFT"
+            )
+
+
+def _equal_factors(above: LoraPair, below: LoraPair) -> bool:
+    sides = (above.a, below.a), (above.b, below.b)
+    return all(one.shape == other.shape and bool((one.double() == other.double()).all()) for one, other in sides)
 
 
 def _stays_tied(head: str, embedding: str, patch: Patch) -> bool:

@@ -26,6 +26,7 @@ from portllm.checkpoint.planning import make_plan
 from portllm.checkpoint.reader import INDEX, Checkpoint, check_finite, read_json_object
 from portllm.checkpoint.records import PortRecord, Source
 from portllm.checkpoint.targets import TargetFile
+from portllm.checkpoint.tying import check_sides
 from portllm.checkpoint.writer import Job, Meter, Written, copy_file, write_files, write_subset
 from portllm.errors import OutputError, ParamsError, PatchError
 from portllm.lm.naming import layout_of
@@ -66,6 +67,7 @@ def run(
         check_finite(lora.header.path, entry)  # before anything is written
     trained_on = _trained_on(lora, source)
     check_saved(lora, layout, base, old.base if old else None)
+    check_sides(lora, layout)
     record = PortRecord(
         base=Source(name=provenance.public_name(onto), fingerprint=None, revision=provenance.revision(onto)),
         patch=Source(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import portllm
-from portllm.errors import UnmatchedModulesError
+from portllm.errors import UnmatchedModulesError, UnsupportedPatchError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns about tied weights
 
@@ -99,3 +99,22 @@ def test_what_lives_by_a_tie_needs_a_base_that_ties(name: str, tmp_path: Path) -
     trained(tmp_path, tied=False, **REFUSED[name])
     with pytest.raises(UnmatchedModulesError, match=r"lm_head: .* does not tie them"):
         portllm.port(tmp_path / "patch", onto=tmp_path / "new", out=tmp_path / "out", source=tmp_path / "old")
+
+
+@pytest.mark.parametrize(
+    ("config", "side"),
+    [(TIES, "lm_head.lora_A.weight"), (CASES["saved whole"][1], "lm_head.weight")],
+    ids=["an update", "saved whole"],
+)
+def test_two_sides_of_one_weight_have_to_be_equal(config: dict[str, Any], side: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    trained(tmp_path, tied=True, **config)
+    path = tmp_path / "patch" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    assert f"base_model.model.{side}" in tensors
+    tensors[f"base_model.model.{side}"] += 1  # PEFT would keep whichever of the two it reads last
+    save_file(tensors, path)
+    with pytest.raises(UnsupportedPatchError, match="expected equal values of both"):
+        portllm.port(tmp_path / "patch", onto=tmp_path / "new", source=tmp_path / "old", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
