@@ -95,6 +95,28 @@ CONFIG: dict[str, tuple[Spoil, str]] = {
     "weights in float64": (stored_as("F64", 8), QUERY),
 }
 
+OTHERS = {
+    "model_type": "seed_oss",
+    "architectures": ["SeedOssForCausalLM"],
+}  # a family that transformers is asked about
+
+
+def asked(**config: Any) -> Spoil:
+    """A config that only transformers can read, and what it makes of this."""
+    return lambda b: b.edit(b.config, **OTHERS, **config)
+
+
+BUILT: dict[str, tuple[Spoil, str]] = {
+    "a family unheard of": (lambda b: b.edit(b.config, model_type="sunshine"), "sunshine"),
+    "a family that is no text": (lambda b: b.edit(b.config, model_type=["llama"]), "model_type"),
+    "layers without end": (asked(num_hidden_layers=2**31), "num_hidden_layers"),
+    "more layers than tensors": (asked(num_hidden_layers=20_000), "num_hidden_layers"),
+    "a size beyond memory": (asked(hidden_size=2**62), "config.json"),
+    "no heads": (asked(num_key_value_heads=0), "config.json"),
+    "a vocabulary of another size": (asked(vocab_size=2**40), "1099511627776"),
+    "rotary embeddings of no kind": (asked(rope_parameters={"rope_type": "moonshine"}), "config.json"),
+}
+
 INDEX: dict[str, tuple[Spoil, str]] = {
     "index and single file": (lambda b: shutil.copy(b.shard, b.base / "model.safetensors"), "index.json"),
     "neither index nor single file": (lambda b: b.index.unlink(), "model.safetensors.index.json"),
@@ -184,9 +206,10 @@ SHARDS: dict[str, tuple[Spoil, str]] = {
 }  # fmt: skip
 
 
-KINDS = {**CONFIG, **INDEX, **SHARDS}
+KINDS = {**CONFIG, **BUILT, **INDEX, **SHARDS}
 
 
+@pytest.mark.filterwarnings("ignore")  # transformers warns of its own affairs
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bad_base_is_refused_in_one_line(kind: str, bench: Any, refused: Callable[[Any], str]) -> None:
     spoil, named = KINDS[kind]

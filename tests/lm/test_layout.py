@@ -301,7 +301,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no type": ({"model_type": None}, "found None"),
     "other width": ({"intermediate_size": 28}, r"down_proj.weight is 16×28 by config.json, 16×24 in the files"),
     "grown vocabulary": ({"vocab_size": 33}, "33×16 by config.json, 32×16 in the files"),
-    "endless": ({"num_hidden_layers": 10**9}, "num_hidden_layers of at most 30000, found 1000000000"),
+    "endless": ({"num_hidden_layers": 10**9}, "num_hidden_layers of at most 1000, found 1000000000"),
     "endless labels": ({"num_labels": 10**9}, "num_labels of at most 30000"),
     "nonsense": ({"num_attention_heads": 0}, "fetch the file again"),
     "wrong kind": ({"hidden_size": "many"}, "builds a llama config from"),
