@@ -179,6 +179,17 @@ ARCHITECTURES: dict[str, Architecture] = {
          "num_experts_per_tok": 1, "interleave_moe_layer_step": 1},
         linears=(*ATTENTION, *MLP), experts=EXPERTS, router="router.weight",
     ),
+    "llava": Architecture(  # of text alone: its language model is renamed on disk
+        "llava",
+        {
+            "text_config": {"model_type": "llama", **UNTIED}, "image_token_index": 0, "tie_word_embeddings": False,
+            "vision_config": {
+                "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "projection_dim": 16,
+            },
+        },
+        auto="AutoModelForImageTextToText",
+    ),
     "t5": Architecture(
         "t5",
         {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2},

@@ -91,7 +91,7 @@ def _embeddings_and_heads() -> Iterator[Case]:
         e, h, first = arch.embedding, arch.head, arch.query_value[0]
         change = UNTIED if arch.tied else {}
         yield Case(name, "embedding", {"target_modules": [first, e]}, config=change)
-        if name in ("llama", "gpt_neox", "llama-tied", "gemma2", "gpt2", "gpt2-hub"):
+        if name in ("llama", "gpt_neox", "llama-tied", "gemma2", "gpt2", "gpt2-hub", "llava"):
             yield Case(name, "head", {"target_modules": [first, h]}, config=change)
             yield Case(name, "embedding+head", {"target_modules": [first, e, h]}, config=change)
         if name in ("llama", "llama-tied", "gpt2"):

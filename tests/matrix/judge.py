@@ -28,6 +28,7 @@ PREFIX = "base_model.model."
 TOLERANCE = 2e-4
 TASKS = {
     "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForImageTextToText": "CAUSAL_LM",
     "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
     "AutoModelForSequenceClassification": "SEQ_CLS",
 }
