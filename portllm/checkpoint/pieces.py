@@ -132,6 +132,10 @@ class Part:
         size = edit.rows(before, self.offset // _row_bytes(entry), out, _scratch(out.numel()))
         if not size <= _largest(entry):  # also when it is NaN
             where = target.origin[0].path if target.origin is not None else self.sources.path
+            if before is not None and not bool(before.isfinite().all()):
+                raise CheckpointError(
+                    f"{where}: {entry.name} holds NaN or infinity; expected finite values, fetch the file again"
+                )
             raise PatchError(
                 f"{where}: {entry.name} plus the patch is not finite in {entry.dtype}; "
                 "expected finite values, lower --scale or use a base of wider range"

@@ -163,10 +163,13 @@ TENSORS: dict[str, tuple[Spoil, str]] = {
     "NaN in A": (lambda b: b.filled(b.adapter, f"{MODULE}.lora_A", math.nan), f"{KEY}A.weight"),
     "infinity in B": (lambda b: b.filled(b.adapter, f"{MODULE}.lora_B", -math.inf), f"{KEY}B.weight"),
     "a sum beyond float32": (both_huge, f"{MODULE}.weight"),
-    "NaN in the base under the patch": (lambda b: b.filled(b.shard, f"{MODULE}.weight", math.nan), f"{MODULE}.weight"),
+    "NaN in the base under the patch": (
+        lambda b: b.filled(b.shard, f"{MODULE}.weight", math.nan),
+        f"{MODULE}.weight holds NaN",
+    ),
     "infinity in the base under the patch": (
         lambda b: b.filled(b.shard, f"{MODULE}.weight", math.inf),
-        f"{MODULE}.weight",
+        f"{MODULE}.weight holds NaN or infinity",
     ),
     "a module the base lacks": (lambda b: lora(b, "model.layers.2.self_attn.q_proj"), "model.layers.2.self_attn"),
     "another family's modules": (other_family, "transformer.h.0"),
