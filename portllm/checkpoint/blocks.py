@@ -10,17 +10,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from portllm.checkpoint.headers import TensorEntry
 from portllm.checkpoint.layout import Part
-from portllm.checkpoint.pairs import LoraPair, factors, read_finite
+from portllm.checkpoint.pairs import LoraPair, factors, read_finite_array
 from portllm.checkpoint.reader import read_rows
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
-Factors = Callable[[], tuple["Tensor", "Tensor"]]
+    Matrix = NDArray[Any] | Tensor
+
+Factors = Callable[[], tuple["Matrix", "Matrix"]]
 Span = tuple[int, int]
 
 
@@ -36,7 +39,7 @@ class LowRank:
     def turned(self) -> LowRank:
         """The update of the transposed matrix: (B A)ᵀ = Aᵀ Bᵀ."""
 
-        def turn() -> tuple[Tensor, Tensor]:
+        def turn() -> tuple[Matrix, Matrix]:
             a, b = self.factors()
             return b.T, a.T
 
@@ -47,7 +50,7 @@ class LowRank:
         if (rows, columns) == ((0, self.shape[0]), (0, self.shape[1])):
             return self
 
-        def block() -> tuple[Tensor, Tensor]:
+        def block() -> tuple[Matrix, Matrix]:
             a, b = self.factors()
             return a[:, columns[0] : columns[1]], b[rows[0] : rows[1]]
 
@@ -73,7 +76,7 @@ class Piece:
 def of_pair(pair: LoraPair, scale: float) -> LowRank:
     """The update of a linear module's or an embedding's weight as PEFT forms it: (out, in) or (vocabulary, dim)."""
     sources = (pair.a_entry.name, pair.b_entry.name)
-    return LowRank(lambda: (pair.a, pair.b), pair.shape, scale * pair.scaling, sources)
+    return LowRank(lambda: pair.arrays, pair.shape, scale * pair.scaling, sources)
 
 
 def of_expert(pair: LoraPair, experts: int, expert: int, scale: float, shelf: Shelf) -> LowRank:
@@ -135,14 +138,14 @@ class Shelf:
     """The factors read last, kept while a layer's experts, which stand together on disk, take theirs out of them."""
 
     def __init__(self, kept: int = 8) -> None:
-        self._tensors: OrderedDict[TensorEntry, Tensor] = OrderedDict()
+        self._tensors: OrderedDict[TensorEntry, NDArray[Any]] = OrderedDict()
         self._kept, self._lock = kept, threading.Lock()
 
-    def read(self, path: Path, entry: TensorEntry) -> Tensor:
+    def read(self, path: Path, entry: TensorEntry) -> NDArray[Any]:
         """One tensor of the patch. Raises PatchError where it is not finite."""
         with self._lock:
             if entry not in self._tensors:
-                self._tensors[entry] = read_finite(path, entry)
+                self._tensors[entry] = read_finite_array(path, entry)
                 if len(self._tensors) > self._kept:
                     self._tensors.popitem(last=False)
             return self._tensors[entry]

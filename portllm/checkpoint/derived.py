@@ -91,7 +91,9 @@ def converted(patch: Patch, old: Old, config: Mapping[str, Any], path: Path) -> 
 
 
 def _factor(update: LowRank, side: int) -> Edit:
+    import torch
+
     from portllm.algebra.edits import Replace
 
-    factor = update.factors()[side].contiguous()
+    factor = torch.as_tensor(update.factors()[side]).contiguous()
     return Replace(lambda row, count: factor[row : row + count] if count >= 0 else factor)

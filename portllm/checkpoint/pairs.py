@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from portllm.checkpoint.headers import TensorEntry
-from portllm.checkpoint.reader import read_tensor
+from portllm.checkpoint.reader import read_array, read_tensor
 from portllm.errors import PatchError, ShapeError
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
+
+    Matrix = torch.Tensor | NDArray[Any]
 
 PairKind = Literal["linear", "embedding", "parameter"]
 
@@ -65,6 +68,12 @@ class LoraPair:
         return self.read(self.a_entry).T if self.kind == "embedding" else self.read(self.b_entry)
 
     @property
+    def arrays(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """`a` and `b` as arrays, bfloat16 as float32. Raises PatchError where one is not finite."""
+        a, b = read_finite_array(self.path, self.a_entry), read_finite_array(self.path, self.b_entry)
+        return (b.T, a.T) if self.kind == "embedding" else (a, b)
+
+    @property
     def magnitude_values(self) -> torch.Tensor:
         """DoRA's m as a vector in its own dtype. Raises PatchError where there is none or it is not finite."""
         return self._vector(self.magnitude, "lora_magnitude_vector")
@@ -107,9 +116,19 @@ def read_finite(path: Path, entry: TensorEntry) -> torch.Tensor:
     return tensor
 
 
+def read_finite_array(path: Path, entry: TensorEntry) -> NDArray[Any]:
+    """One tensor of a patch as an array, bfloat16 as float32. Raises PatchError where it is not finite."""
+    import numpy
+
+    array = read_array(path, entry)
+    if not numpy.isfinite(array).all():
+        raise PatchError(f"{path}: tensor {entry.name} holds NaN or infinity; expected finite values, train it again")
+    return array
+
+
 def factors(
-    pair: LoraPair, experts: int, expert: int, read: Callable[[Path, TensorEntry], torch.Tensor] = read_finite
-) -> tuple[torch.Tensor, torch.Tensor]:
+    pair: LoraPair, experts: int, expert: int, read: Callable[[Path, TensorEntry], Matrix] = read_finite
+) -> tuple[Matrix, Matrix]:
     """(a (r, in), b (out, r)) of one expert; Δ of that expert = pair.scaling · b @ a.
 
     lora_A (E·r, in) counts the expert slowest, lora_B (out, r·E) fastest. `read` may keep what it

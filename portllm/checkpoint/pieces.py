@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from portllm.checkpoint.fingerprint import identity, tensor_hash
 from portllm.checkpoint.headers import BITS, Header, TensorEntry, open_input
-from portllm.checkpoint.reader import TORCH_DTYPES, read_exactly
+from portllm.checkpoint.reader import ARRAY_DTYPES, TORCH_DTYPES, read_exactly
 from portllm.checkpoint.stream import room
 from portllm.checkpoint.targets import Target, TargetFile
 from portllm.errors import CheckpointError, PatchError
 
 if TYPE_CHECKING:
-    import torch
-
     from portllm.algebra.edits import Edit
-    from portllm.algebra.lora import Scratch
 
 PIECE_BYTES = 2 << 20  # at most, unless a row is longer
+
+# the largest finite number of each dtype that is computed with
+LARGEST = {
+    "F64": sys.float_info.max, "F32": (2 - 2**-23) * 2.0**127, "F16": 65504.0, "BF16": (2 - 2**-7) * 2.0**127,
+}  # fmt: skip
 
 _OWN = threading.local()
 
@@ -125,31 +128,44 @@ class Part:
         entry, before = target.entry, None
         if target.origin is not None:
             self.sources.read(target.origin, self.offset, old)
-            before = _rows(old, entry)
+            before = _rows(old, entry, edit)
         # after a header of odd length, tensors that stand as on the disk's pages are not aligned in memory
         aligned = new if (entry.start + self.offset) % _width(entry) == 0 else memoryview(bytearray(self.nbytes))
-        out = _rows(aligned, entry)
-        size = edit.rows(before, self.offset // _row_bytes(entry), out, _scratch(out.numel()))
-        if not size <= _largest(entry):  # also when it is NaN
-            where = target.origin[0].path if target.origin is not None else self.sources.path
-            if before is not None and not bool(before.isfinite().all()):
-                raise CheckpointError(
-                    f"{where}: {entry.name} holds NaN or infinity; expected finite values, fetch the file again"
-                )
-            raise PatchError(
-                f"{where}: {entry.name} plus the patch is not finite in {entry.dtype}; "
-                "expected finite values, lower --scale or use a base of wider range"
-            )
+        row, out = self.offset // _row_bytes(entry), _rows(aligned, entry, edit)
+        if not edit.rows(before, row, out, _scratch(edit, self.nbytes)) <= LARGEST[entry.dtype]:  # also when it is NaN
+            self._refuse(target, before)
         if aligned is not new:
             new[:] = aligned
 
+    def _refuse(self, target: Target, before: Any) -> NoReturn:
+        """Say that the sum is not finite, or that the base was not."""
+        from portllm.algebra.sums import as_array, largest
 
-def cut(file: TargetFile, sources: Sources, known: Mapping[TensorEntry, str]) -> Iterator[Head | Part]:
-    """The pieces of a file in order. Reads the patch's factors, and old rows for edits that survey them first."""
+        name, dtype = target.entry.name, target.entry.dtype
+        where = target.origin[0].path if target.origin is not None else self.sources.path
+        if before is not None and not largest(as_array(before)) <= LARGEST[dtype]:
+            raise CheckpointError(
+                f"{where}: {name} holds NaN or infinity; expected finite values, fetch the file again"
+            )
+        raise PatchError(
+            f"{where}: {name} plus the patch is not finite in {dtype}; "
+            "expected finite values, lower --scale or use a base of wider range"
+        )
+
+
+def cut(
+    file: TargetFile, sources: Sources, known: Mapping[TensorEntry, str], on_torch: Callable[[], None]
+) -> Iterator[Head | Part]:
+    """The pieces of a file in order. Reads the patch's factors, and old rows for edits that survey them first.
+
+    `on_torch` is called before torch computes.
+    """
     yield from (Head(file.head[at : at + PIECE_BYTES]) for at in range(0, len(file.head), PIECE_BYTES))
     for target in file.targets:
         digests = Digests(target, known.get(target.origin[1]) if target.origin is not None else None)
         edit = target.edit() if target.edit is not None else None
+        if edit is not None and not _takes_arrays(edit):
+            on_torch()
         if edit is not None and edit.surveys:
             _survey(edit, target, sources)
         for offset, nbytes in _spans(target):
@@ -192,12 +208,21 @@ def _survey(edit: Edit, target: Target, sources: Sources) -> None:
     for offset, nbytes in _spans(target):
         buffer = memoryview(bytearray(nbytes))
         sources.read(target.origin, offset, buffer)
-        old = _rows(buffer, target.entry)
-        edit.survey(old, offset // _row_bytes(target.entry), _scratch(old.numel()))
+        old = _rows(buffer, target.entry, edit)
+        edit.survey(old, offset // _row_bytes(target.entry), _scratch(edit, nbytes))
 
 
-def _rows(buffer: memoryview, entry: TensorEntry) -> torch.Tensor:
+def _takes_arrays(edit: Edit) -> bool:
+    """Whether an edit computes with numpy's arrays: then torch, which takes long to import, is not needed."""
+    return getattr(edit, "arrays", False)
+
+
+def _rows(buffer: memoryview, entry: TensorEntry, edit: Edit) -> Any:
     """Whole rows of a tensor, seen as (rows, columns), in the memory of `buffer`."""
+    if _takes_arrays(edit):
+        import numpy
+
+        return numpy.frombuffer(buffer, ARRAY_DTYPES[entry.dtype]).reshape(-1, _columns(entry))
     import torch
 
     return torch.frombuffer(buffer, dtype=getattr(torch, TORCH_DTYPES[entry.dtype])).view(-1, _columns(entry))
@@ -215,14 +240,10 @@ def _row_bytes(entry: TensorEntry) -> int:
     return max(1, _columns(entry) * _width(entry))
 
 
-def _largest(entry: TensorEntry) -> float:
-    import torch
-
-    return torch.finfo(getattr(torch, TORCH_DTYPES[entry.dtype])).max
-
-
-def _scratch(elements: int) -> Scratch:
-    """This thread's work space."""
+def _scratch(edit: Edit, elements: int) -> Any:
+    """This thread's work space for edits by torch."""
+    if _takes_arrays(edit):
+        return None
     from portllm.algebra.lora import Scratch
 
     kept: Scratch | None = getattr(_OWN, "scratch", None)

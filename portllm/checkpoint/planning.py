@@ -122,9 +122,11 @@ class _Planner:
             raise ShapeError(f"{module}: the patch has {size} magnitudes, expected {update.shape[outputs]}; {RELEASE}")
 
         def edit() -> Edit:
+            import torch
+
             from portllm.algebra.edits import Dora
 
-            a, b = update.factors()
+            a, b = map(torch.as_tensor, update.factors())
             return Dora(a, b, update.scale, pair.magnitude_values, outputs=outputs)
 
         sources = (*update.sources, entry.name if entry is not None else "")
@@ -184,7 +186,7 @@ class _Planner:
             )
 
         def edit() -> Edit:
-            from portllm.algebra.lora import AddLora, Block, Update
+            from portllm.algebra.sums import AddLora, Block, Update
 
             blocks = ((p, *p.update.factors()) for p in group)
             return AddLora(*(Block(Update(a, b, p.update.scale), p.row, p.column) for p, a, b in blocks))

@@ -19,6 +19,7 @@ from portllm.errors import CheckpointError, PatchError, UnsafeFileError
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -29,6 +30,7 @@ TORCH_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+ARRAY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: its bits
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,28 @@ def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
     return torch.frombuffer(buffer, dtype=dtype).reshape(entry.shape)
 
 
+def read_array(path: Path, entry: TensorEntry) -> NDArray[Any]:
+    """One floating-point tensor of a safetensors file as an array; bfloat16 as float32. Raises CheckpointError."""
+    import numpy
+
+    if entry.dtype not in ARRAY_DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor {entry.name} has dtype {entry.dtype}, which portllm does not compute with"
+        )
+    buffer = bytearray(entry.nbytes)
+    with open_input(path) as file:
+        read_exactly(file.fileno(), memoryview(buffer), entry.start, path)
+    array = numpy.frombuffer(buffer, ARRAY_DTYPES[entry.dtype]).reshape(entry.shape)
+    return (array.astype(numpy.uint32) << 16).view(numpy.float32) if entry.dtype == "BF16" else array
+
+
 def check_finite(path: Path, entry: TensorEntry) -> None:
     """Raise PatchError when a tensor holds NaN or infinity; read in blocks."""
+    import numpy
+
     total = math.prod(entry.shape)
     for at in range(0, total, BLOCK_ELEMENTS):
-        if not _elements(path, entry, (at, min(at + BLOCK_ELEMENTS, total))).isfinite().all():
+        if not numpy.isfinite(read_array(path, _span(entry, at, min(at + BLOCK_ELEMENTS, total)))).all():
             raise PatchError(
                 f"{path}: tensor {entry.name} holds NaN or infinity; expected finite values, train the patch again"
             )
@@ -140,10 +159,15 @@ def equal_values(one: tuple[Path, TensorEntry], other: tuple[Path, TensorEntry])
 
 def _elements(path: Path, entry: TensorEntry, span: tuple[int, int]) -> torch.Tensor:
     """Elements [first, last) of a tensor, flat."""
+    return read_tensor(path, _span(entry, *span))
+
+
+def _span(entry: TensorEntry, first: int, last: int) -> TensorEntry:
+    """Elements [first, last) of a tensor as an entry of their own."""
     width = entry.nbytes // max(1, math.prod(entry.shape))
-    start = entry.start + span[0] * width
-    part = TensorEntry(entry.name, entry.dtype, (span[1] - span[0],), start, entry.start + span[1] * width)
-    return read_tensor(path, part)
+    return TensorEntry(
+        entry.name, entry.dtype, (last - first,), entry.start + first * width, entry.start + last * width
+    )
 
 
 def read_exactly(handle: int, buffer: memoryview, offset: int, path: Path) -> None:

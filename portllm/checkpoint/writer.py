@@ -84,8 +84,8 @@ def write_files(files: Sequence[TargetFile], job: Job) -> dict[Path, Written]:
     """
     cores = len(os.sched_getaffinity(0))
     at_once = max(1, min(len(files), cores, FILES))
-    with _torch_for_blocks(), ThreadPoolExecutor(cores) as workers, ThreadPoolExecutor(at_once) as pool:
-        futures = {file.path: pool.submit(_write_file, file, job, workers) for file in files}
+    with _Libraries() as libraries, ThreadPoolExecutor(cores) as workers, ThreadPoolExecutor(at_once) as pool:
+        futures = {file.path: pool.submit(_write_file, file, job, workers, libraries) for file in files}
         try:
             for future in futures.values():
                 with contextlib.suppress(Cancelled):
@@ -124,7 +124,7 @@ def write_subset(header: Header, names: Container[str], target: Path, meter: Met
     return written[target].sha256
 
 
-def _write_file(file: TargetFile, job: Job, workers: Executor) -> Written:
+def _write_file(file: TargetFile, job: Job, workers: Executor, libraries: _Libraries) -> Written:
     """One file from its first byte to its last, synced to the disk."""
     written, digests = Written(), []
     capacity = largest_piece(file)
@@ -133,7 +133,7 @@ def _write_file(file: TargetFile, job: Job, workers: Executor) -> Written:
             sources = Sources(file, stack)
             output = stack.enter_context(Output(file.path, nbytes(file)))
             stream = stack.enter_context(Stream(output, workers, capacity=capacity, slots=SLOTS, ahead=AHEAD))
-            for group in packed(cut(file, sources, job.known), capacity):
+            for group in packed(cut(file, sources, job.known, libraries.torch), capacity):
                 stream.put(group)
                 digests += [piece.digests for piece in group if isinstance(piece, Part) and piece.offset == 0]
                 job.meter.add(sum(piece.nbytes for piece in group))
@@ -149,6 +149,30 @@ def _write_file(file: TargetFile, job: Job, workers: Executor) -> Written:
             written.before[origin[1]] = str(digest.before)
         written.after[digest.target.entry] = str(digest.after)
     return written
+
+
+class _Libraries:
+    """One thread for each of numpy's and torch's products while inside: ours, one per core, beat their own."""
+
+    def __init__(self) -> None:
+        self._stack, self._lock, self._torch = contextlib.ExitStack(), threading.Lock(), False
+
+    def __enter__(self) -> _Libraries:
+        import numpy  # noqa: F401  (loaded, so that its products can be limited)
+        from threadpoolctl import threadpool_limits
+
+        self._stack.enter_context(threadpool_limits(1, user_api="blas"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def torch(self) -> None:
+        """Settle torch, too, which is imported only where an edit needs it."""
+        with self._lock:
+            if not self._torch:
+                self._stack.enter_context(_torch_for_blocks())
+                self._torch = True
 
 
 @contextlib.contextmanager

@@ -1,0 +1,271 @@
+"""W + Δ, each sum rounded once to the weight's dtype, by numpy alone: what most ports are made of.
+
+Importing torch takes ten times as long as porting a small model, so nothing here needs it; its tensors are taken, too.
+As arrays, weights are float64, float32, float16, or uint16, which holds the bits of bfloat16. LoRA: arXiv:2106.09685.
+Everywhere: a is A (r, in), b is B (out, r), Δ is scale · b @ a (out, in).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from portllm.errors import ShapeError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    Array = NDArray[Any]
+    Matrix = NDArray[Any] | Tensor
+
+BLOCK_ELEMENTS = 1 << 16  # with their float64 sums they stay in the L2 cache through all passes
+
+_OWN = threading.local()
+
+
+class Update:
+    """Δ prepared for being added block by block; B, which may be as tall as a vocabulary, is widened row by row."""
+
+    def __init__(self, a: Matrix, b: Matrix, scale: float) -> None:
+        """a (r, in) and b (out, r) in any floating dtype. Raises ShapeError."""
+        check_factors(a, b)
+        self._a, self._b, self._scale = a, b, scale
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (out, in) of Δ."""
+        return self._b.shape[0], self._a.shape[1]
+
+    @cached_property
+    def _wide_a(self) -> Array:
+        return _wide(self._a)
+
+    def add_rows(self, weight: Matrix, row: int, out: Matrix) -> float:
+        """out = rows of W from `row` on, `weight` (rows, in), + Δ's same rows, rounded once to the weight's dtype.
+
+        The sum is formed in float64. Returns its largest absolute value once rounded, or NaN where there is one.
+        """
+        import numpy
+
+        old, new = as_array(weight), as_array(out)
+        if old.size == 0:
+            return 0.0
+        b = _wide(self._b[row : row + len(old)]) * self._scale
+        step = max(1, BLOCK_ELEMENTS // old.shape[1])
+        with numpy.errstate(all="ignore"):  # what is not finite is told by the result
+            for first in range(0, len(old), step):
+                rows = slice(first, first + step)
+                total = _space("total", "f8", old[rows].shape)
+                _widen(old[rows], total)
+                total += numpy.matmul(b[rows], self._wide_a, out=_space("delta", "f8", total.shape))
+                _narrow(total, new[rows])
+        return largest(new)
+
+    def exact(self) -> Array:
+        """Δ whole, in float64."""
+        product: Array = (_wide(self._b) * self._scale) @ self._wide_a
+        return product
+
+
+@dataclass(frozen=True)
+class Block:
+    """An update and where in a tensor, seen as (rows, columns), its upper left corner stands."""
+
+    update: Update
+    row: int = 0
+    column: int = 0
+
+
+class AddLora:
+    """The edit (`edits.Edit`) that adds updates to blocks of a tensor; what is in no block stays as it is."""
+
+    surveys = False
+    arrays = True
+
+    def __init__(self, *blocks: Block) -> None:
+        """Blocks of rows may straddle the writer's; no two may overlap. Raises ShapeError."""
+        self._blocks = sorted(blocks, key=lambda block: (block.row, block.column))
+        self._refuse_overlaps()
+
+    def survey(self, old: Matrix, row: int, scratch: object) -> None:
+        """Nothing to look for."""
+
+    def rows(self, old: Matrix | None, row: int, out: Matrix, scratch: object = None) -> float:  # noqa: ARG002
+        """Write old rows (count, columns) + Δ into `out`; see `Edit.rows` and `Update.add_rows`."""
+        import numpy
+
+        if old is None:
+            raise ValueError("LoRA needs the old weight")
+        old, out = as_array(old), as_array(out)
+        found = list(self._within(row, *old.shape))
+        if len(found) == 1 and found[0][1:] == (slice(0, old.shape[0]), slice(0, old.shape[1])):
+            block = found[0][0]
+            return block.update.add_rows(old, row - block.row, out)
+        out[:] = old
+        for block, rows, columns in found:
+            weight = numpy.array(old[rows, columns], order="C")  # a copy
+            block.update.add_rows(weight, row + rows.start - block.row, weight)
+            out[rows, columns] = weight
+        return largest(out)
+
+    def exact(self, old: Tensor | None) -> Tensor:
+        """The whole sum in float64, not rounded; see `Edit.exact`."""
+        import torch
+
+        if old is None:
+            raise ValueError("LoRA needs the old weight")
+        new = old.double().clone()
+        for block in self._blocks:
+            rows, columns = block.update.shape
+            place = new[block.row : block.row + rows, block.column : block.column + columns]
+            place += torch.from_numpy(block.update.exact())
+        return new
+
+    def _within(self, row: int, count: int, width: int) -> Iterator[tuple[Block, slice, slice]]:
+        """The blocks that touch rows [row, row + count), and which of those rows and columns they cover."""
+        for block in self._blocks:
+            height, breadth = block.update.shape
+            if block.column + breadth > width:
+                raise ShapeError(f"update reaches column {block.column + breadth}, the tensor has {width}")
+            first, last = max(block.row, row) - row, min(block.row + height, row + count) - row
+            if first < last:
+                yield block, slice(first, last), slice(block.column, block.column + breadth)
+
+    def _refuse_overlaps(self) -> None:
+        above: list[Block] = []
+        for block in self._blocks:
+            above = [other for other in above if other.row + other.update.shape[0] > block.row]
+            for other in above:
+                if (
+                    block.column < other.column + other.update.shape[1]
+                    and other.column < block.column + block.update.shape[1]
+                ):
+                    raise ShapeError(
+                        f"two updates of one tensor overlap at row {block.row}, column "
+                        f"{max(block.column, other.column)}; expected one update of each weight"
+                    )
+            above.append(block)
+
+
+def check_factors(a: Matrix, b: Matrix) -> None:
+    """Raise ShapeError where a and b are not (r, in) and (out, r)."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise ShapeError(f"lora_A is {tuple(a.shape)} and lora_B is {tuple(b.shape)}, expected (r, in) and (out, r)")
+
+
+def as_array(values: Matrix) -> Array:
+    """`values` itself, or the memory of a tensor as an array; bfloat16 as uint16."""
+    import numpy
+
+    if isinstance(values, numpy.ndarray):
+        return values
+    import torch
+
+    tensor = values.view(torch.int16) if values.dtype == torch.bfloat16 else values
+    array: Array = tensor.numpy()
+    return array.view(numpy.uint16) if values.dtype == torch.bfloat16 else array
+
+
+def largest(values: Array) -> float:
+    """Largest absolute value, NaN where there is one."""
+    import numpy
+
+    if values.size == 0:
+        return 0.0
+    if values.dtype.itemsize > 2:
+        low, high = float(values.min()), float(values.max())
+        return max(-low, high) if low == low else low
+    # as numbers their bits are in the order of magnitude, first those of + and then those of -
+    bits = max(int(values.view(numpy.int16).max()), int(values.view(numpy.uint16).max()) - 0x8000)
+    if values.dtype == numpy.float16:
+        return float(numpy.array(bits, numpy.uint16).view(numpy.float16))
+    return float(numpy.array(bits << 16, numpy.uint32).view(numpy.float32))
+
+
+def _wide(factor: Matrix) -> Array:
+    import numpy
+
+    if not isinstance(factor, numpy.ndarray):
+        factor = factor.double().numpy()
+    wide: Array = numpy.ascontiguousarray(factor, numpy.float64)
+    return wide
+
+
+def _widen(old: Array, total: Array) -> None:
+    """Write weights into `total` in float64."""
+    import numpy
+
+    if old.dtype == numpy.uint16:
+        bits = _space("bits", "u4", old.shape)
+        bits[:] = old
+        bits <<= 16
+        old = bits.view(numpy.float32)
+    total[:] = old
+
+
+def _narrow(total: Array, out: Array) -> None:
+    """Round float64 once to the dtype of `out`, to the nearest, ties to even.
+
+    numpy rounds to float16 in one step. Every tie of bfloat16 is a float32: where the float32 is none, it lies on the
+    same side of the nearest one as the float64 does, and adding half a unit rounds it; the others are rounded apart.
+    """
+    import numpy
+
+    if out.dtype != numpy.uint16:
+        numpy.copyto(out, total, casting="same_kind")
+        return
+    bits = _space("bits", "u4", total.shape)
+    numpy.copyto(bits.view(numpy.float32), total, casting="same_kind")
+    ties = _ties(bits.reshape(-1))
+    bits += numpy.uint32(0x8000)  # cannot overflow: the lower half of infinity and of a bfloat16's NaN is 0
+    bits >>= numpy.uint32(16)
+    numpy.copyto(out, bits, casting="same_kind")
+    if len(ties):
+        out.reshape(-1)[ties] = _round_odd(total.reshape(-1)[ties])
+
+
+def _ties(bits: Array) -> Array:
+    """Indices of all float32 values half-way between two of bfloat16, and of some that are not."""
+    import numpy
+
+    mask = _space("mask", "?", (2 * len(bits),))
+    numpy.equal(bits.view(numpy.int16), -0x8000, out=mask)  # the lower half; the upper one only of -0 and the like
+    whole = len(bits) // 4 * 4
+    # four numbers in eight bytes of the mask at once; numpy searches for a bool faster than for a number
+    found = numpy.flatnonzero(mask[: 2 * whole].view(numpy.int64) != 0)
+    if len(found):
+        found = (4 * found[:, None] + numpy.arange(4)).ravel()
+    return numpy.append(found, numpy.arange(whole, len(bits))) if whole < len(bits) else found
+
+
+def _round_odd(values: Array) -> Array:
+    """float64 to bfloat16 by way of float32, rounded to odd on the way, which makes the second rounding right.
+
+    The last bit is set when anything was lost: Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008.
+    """
+    import numpy
+
+    near = values.astype(numpy.float32)
+    back = near.astype(numpy.float64)
+    bits = near.view(numpy.uint32)
+    bits -= numpy.abs(back) > numpy.abs(values)  # towards zero: sign and magnitude are separate bits
+    bits |= back != values
+    bits += numpy.uint32(0x7FFF) + (bits >> 16 & 1)
+    return (bits >> 16).astype(numpy.uint16)
+
+
+def _space(name: str, dtype: str, shape: tuple[int, ...]) -> Array:
+    """This thread's work space of that name, uninitialised: no block pays for fresh memory."""
+    import numpy
+
+    count = 1
+    for n in shape:
+        count *= n
+    kept: dict[str, Array] = _OWN.__dict__
+    if name not in kept or len(kept[name]) < count:
+        kept[name] = numpy.empty(count, dtype)
+    return kept[name][:count].reshape(shape)
