@@ -16,12 +16,13 @@ class Places:
     def __init__(self, base: Checkpoint, layout: Layout) -> None:
         self.base, self.layout = base, layout
         self.tied_heads: dict[str, str] = {}
+        self._stored = {part.tensor for parts in layout.parts.values() for part in parts}
         self._memory = {parts[0].tensor: name for name, parts in layout.parts.items() if len(parts) == 1}
 
     def known(self, parameter: str) -> bool:
         """Whether the base has this parameter, under its name in memory or on disk."""
         layout = self.layout
-        return any(parameter in names for names in (layout.tied, layout.parts, layout.opaque, self.base.where))
+        return any(parameter in names for names in (layout.tied, layout.parts, layout.opaque, self._stored))
 
     def place(self, parameter: str) -> tuple[tuple[Part, ...], tuple[int, ...]]:
         """(its parts on disk, its shape in memory); for a tied head, a tensor of its own read from the embedding's."""
@@ -40,7 +41,7 @@ class Places:
         if parameter in self.layout.parts:
             module, _, leaf = parameter.rpartition(".")
             return self.layout.parts[parameter], self.layout.modules[module].parameters[leaf]
-        if parameter in self.base.where:  # a name of an older transformers, or of the model without its head
+        if parameter in self._stored:  # a name of an older transformers, or of the model without its head
             shape = self.shape(parameter)
             return (whole(parameter, shape),), shape
         raise UnmatchedModulesError(f"{parameter}: is not in {self.base.path}; {RELEASE}")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from portllm.checkpoint.layout import plain
+from portllm.checkpoint.layout import Layout, plain
 from portllm.checkpoint.patch import Patch
 from portllm.checkpoint.plan import Plan, check_saved, linears
 from portllm.checkpoint.planning import make_plan
@@ -72,6 +72,13 @@ def test_modules_the_base_lacks_are_named(world: World) -> None:
     assert "5 of the patch's 6 modules" in str(error.value)
     assert "model.layers.1.self_attn.q_proj" in str(error.value)
     assert "and 2 more" in str(error.value)
+
+
+def test_tensors_of_no_parameter_of_the_model_are_not_found(world: World) -> None:
+    """A config.json of another family: the names are on disk, but that model would never read them."""
+    nothing = Layout(modules={}, parts={}, tied={})
+    with pytest.raises(UnmatchedModulesError, match="1 of the patch's 1 modules are not in"):
+        make_plan(world.patch({Q: lora(6, 4)}), world.base(), nothing)
 
 
 def test_shapes_that_differ_are_named_with_both(world: World) -> None:
