@@ -1,11 +1,12 @@
-"""How long `portllm port` takes beside `cp -r` and PEFT's merge-and-save, on a random Llama-shaped checkpoint.
+"""How long `portllm port` takes beside `cp -r` and PEFT's merge-and-save, on random Llama-shaped checkpoints.
 
-    python benchmarks/port.py --gigabytes 2 --runs 3
+    python benchmarks/port.py --gigabytes 0.5 1 2 4 --runs 3 --plot port.svg --table port.md
 
 Every figure is a whole process, imports included: median wall time over the runs and the largest resident set. The
 runs of the contestants alternate, so that a busy machine is unfair to none. The page cache is warm. `first` is a port
 of a base whose fingerprint is not in the cache yet; `again` is every later port onto it. A port is on the disk when it
-returns (fsync); `cp -r` is not, so the same with `sync` stands beside it.
+returns (fsync); `cp -r` is not, so the same with `sync` stands beside it. A bare `import torch` is measured, too: what
+PEFT cannot do without, and a port of plain LoRA does.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,20 @@ LINEARS = {
     "mlp.down_proj": (HIDDEN, FEED_FORWARD),
 }
 TARGETS = {"all linears": list(LINEARS), "q,v": ["self_attn.q_proj", "self_attn.v_proj"]}
+
+PEFT = "PEFT merge and save"
+FIRST, AGAIN = "portllm port (first)", "portllm port (again)"
+# in the plot: label, colour, line, contestant, patch
+LINES = (
+    ("PEFT merge and save, all linears", "#b3432b", "-", PEFT, "all linears"),
+    ("portllm port, all linears, first", "#1f5fa8", "-", FIRST, "all linears"),
+    ("portllm port, all linears, again", "#1f5fa8", "--", AGAIN, "all linears"),
+    ("portllm port, q and v, first", "#2a9d8f", "-", FIRST, "q,v"),
+    ("portllm port, q and v, again", "#2a9d8f", "--", AGAIN, "q,v"),
+    ("import torch alone", "#999999", ":", "import torch", "all linears"),
+    ("cp -r; sync", "#555555", "--", "cp -r; sync", "all linears"),
+    ("cp -r (not synced)", "#555555", "-", "cp -r", "all linears"),
+)
 
 MERGE = """
 import sys, torch
@@ -59,40 +74,115 @@ class Cost:
     mebibytes: float
 
 
+@dataclass(frozen=True)
+class Result:
+    """What every contestant cost for one patch on a checkpoint of `nbytes`."""
+
+    nbytes: int
+    targets: str
+    costs: dict[str, Cost]
+
+
 def main() -> None:
-    """Make the checkpoint, run the contestants in turn, print a table."""
+    """Make each checkpoint, run the contestants in turn, print a table of each size; then the files asked for."""
     options = _options()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
-    print(f"{os.cpu_count()} CPUs, {versions}, bf16, rank {RANK}, median of {options.runs} runs", flush=True)
+    setting = f"{os.cpu_count()} CPUs, {versions}, bf16, rank {RANK}, median of {options.runs} runs"
+    print(setting, flush=True)
+    lines, results = [setting], []
     for gigabytes in options.gigabytes:
         with tempfile.TemporaryDirectory(prefix="portllm-bench-", dir=options.directory) as folder:
-            _size(Path(folder), gigabytes, options)
+            for result, table in _size(Path(folder), gigabytes, options):
+                print(table, flush=True)
+                lines.append(table)
+                results.append(result)
+    if options.table is not None:
+        options.table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if options.plot is not None:
+        plot(results, options.plot)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.5], help="checkpoint sizes, 0.25 to 4 each")
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.5], help="checkpoint sizes, from 0.4 on")
     parser.add_argument("--runs", type=int, default=3, help="runs per contestant; the median is printed")
     parser.add_argument("--shard-gigabytes", type=float, default=0.5, help="largest shard")
     parser.add_argument("--targets", choices=TARGETS, nargs="+", default=list(TARGETS), help="what is patched")
     parser.add_argument("--no-peft", action="store_true", help="leave PEFT out: it needs the whole model in memory")
     parser.add_argument("--directory", type=Path, default=None, help="where the temporary files go")
+    parser.add_argument("--table", type=Path, default=None, help="also write the tables to this Markdown file")
+    parser.add_argument("--plot", type=Path, default=None, help="draw time and memory over size to this file (.svg)")
     parser.add_argument("--json", type=Path, default=None, help="also append one JSON line per row to this file")
     return parser.parse_args()
 
 
-def _size(folder: Path, gigabytes: float, options: argparse.Namespace) -> None:
+def _size(folder: Path, gigabytes: float, options: argparse.Namespace) -> Iterator[tuple[Result, str]]:
+    """(figures, Markdown table) of every patch on one checkpoint."""
     base = folder / "base"
     layers, nbytes = _apart(write_checkpoint, base, gigabytes, options.shard_gigabytes)
-    print(f"\n## {nbytes / 1e9:.2f} GB, {layers} layers, {len(list(base.glob('*.safetensors')))} files\n")
-    print("| patch | run | seconds | over import torch | × cp -r | CPU seconds | peak MiB | over import torch |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    files = len(list(base.glob("*.safetensors")))
     for targets in options.targets:
         patch = folder / "patch"
         _apart(write_patch, patch, layers, TARGETS[targets])
-        costs = measure(folder, base, patch, options)
-        for name, cost in costs.items():
-            _row(targets, name, cost, costs, options.json, nbytes)
+        result = Result(nbytes, targets, measure(folder, base, patch, options))
+        if options.json is not None:
+            _append(result, options.json)
+        title = f"\n{nbytes / 1e9:.2f} GB in {files} files, {layers} layers, patch on {targets}:\n\n"
+        yield result, title + _table(result)
+
+
+def _table(result: Result) -> str:
+    bare, copy = result.costs["import torch"], result.costs["cp -r"]
+    peft = result.costs.get(PEFT)
+    lines = [
+        "| run | seconds | × cp -r | without import torch, × cp -r | PEFT takes | CPU seconds | peak MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, cost in result.costs.items():
+        over = "" if name.startswith(("cp", "import")) else f"{(cost.seconds - bare.seconds) / copy.seconds:.2f}"
+        times = f"{peft.seconds / cost.seconds:.1f} ×" if peft is not None else ""
+        lines.append(
+            f"| {name} | {cost.seconds:.2f} | {cost.seconds / copy.seconds:.2f} | {over} | {times} "
+            f"| {cost.cpu_seconds:.2f} | {cost.mebibytes:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _append(result: Result, file: Path) -> None:
+    with file.open("a") as lines:
+        for name, cost in result.costs.items():
+            row = {"bytes": result.nbytes, "patch": result.targets, "run": name, **vars(cost)}
+            lines.write(json.dumps(row) + "\n")
+
+
+def plot(results: Sequence[Result], file: Path) -> None:
+    """Draw seconds and peak memory over the checkpoint's size, a line for each contestant."""
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 11, "svg.hashsalt": "portllm", "svg.fonttype": "none"})
+    figure, (time_axes, memory_axes) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for label, colour, style, name, targets in LINES:
+        found = [r for r in results if r.targets == targets and name in r.costs]
+        sizes = [r.nbytes / 1e9 for r in found]
+        look = {"color": colour, "linestyle": style, "marker": "o", "linewidth": 2, "markersize": 5}
+        if found:
+            time_axes.plot(sizes, [r.costs[name].seconds for r in found], label=label, **look)
+        if found and not name.startswith("cp"):
+            memory_axes.plot(sizes, [r.costs[name].mebibytes for r in found], label=label, **look)
+    time_axes.set(title="Wall time of the whole command", ylabel="seconds")
+    memory_axes.set(title="Largest resident memory", ylabel="MiB")
+    for axes in (time_axes, memory_axes):
+        axes.set(xlabel="checkpoint, GB")
+        axes.set_xlim(left=0)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(visible=True, which="both", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = time_axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+    pyplot.close(figure)
 
 
 def _apart(function: Callable[..., Any], *arguments: object) -> Any:
@@ -108,14 +198,14 @@ def measure(folder: Path, base: Path, patch: Path, options: argparse.Namespace) 
     port = [sys.executable, "-m", "portllm", "-q", "port", str(patch), "--onto", str(base), "--out", str(out)]
     commands = {"import torch": [*python, "import torch"], "cp -r": ["cp", "-r", str(base), str(out)]}
     commands["cp -r; sync"] = ["sh", "-c", f"cp -r {base} {out} && sync"]
-    commands |= {"portllm port (first)": port, "portllm port (again)": port}
+    commands |= {FIRST: port, AGAIN: port}
     if not options.no_peft:
-        commands["PEFT merge and save"] = [*python, MERGE, str(base), str(patch), str(out)]
+        commands[PEFT] = [*python, MERGE, str(base), str(patch), str(out)]
     found: dict[str, list[Cost]] = {name: [] for name in commands}
     time.sleep(2.1)  # a file younger than two seconds is not kept in the fingerprint cache
     for _ in range(options.runs):
         for name, command in commands.items():
-            if name.endswith("(first)"):
+            if name == FIRST:
                 shutil.rmtree(cache, ignore_errors=True)
             found[name].append(timed(command, cache))
             shutil.rmtree(out, ignore_errors=True)
@@ -228,21 +318,6 @@ def _config(layers: int) -> dict[str, object]:
         "num_key_value_heads": KEY_VALUE // 64, "vocab_size": VOCABULARY, "tie_word_embeddings": False,
         "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "hidden_act": "silu",
     }  # fmt: skip
-
-
-def _row(targets: str, name: str, cost: Cost, costs: dict[str, Cost], file: Path | None, nbytes: int) -> None:
-    bare, copy = costs["import torch"], costs["cp -r"]
-    over = cost.seconds - (0 if name.startswith("cp") else bare.seconds)
-    memory = cost.mebibytes - (0 if name.startswith("cp") else bare.mebibytes)
-    print(
-        f"| {targets} | {name} | {cost.seconds:.2f} | {over:.2f} | {over / copy.seconds:.2f} "
-        f"| {cost.cpu_seconds:.2f} | {cost.mebibytes:.0f} | {memory:.0f} |",
-        flush=True,
-    )
-    if file is not None:
-        row = {"bytes": nbytes, "patch": targets, "run": name, **vars(cost)}
-        with file.open("a") as lines:
-            lines.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
