@@ -291,7 +291,8 @@ def _copies(plain: Sides, config: Mapping[str, Any], contents: Contents) -> None
     shapes = {entry.shape for entry in contents.replaced.values()}
     for module, entry in plain.items():
         # ensure_weight_tying with modules_to_save: PEFT saves the tied head beside the embedding
-        if config.get("ensure_weight_tying") and config.get("modules_to_save") and entry.shape in shapes:
+        tied = config.get("ensure_weight_tying") and config.get("modules_to_save") and entry.shape in shapes
+        if tied and module.rpartition(".")[2] in OUTPUTS:
             contents.replaced[f"{module}.weight"] = entry
             contents.follows_tie.add(module)
         else:

@@ -21,7 +21,7 @@ from portllm.checkpoint.pairs import LoraPair, TokenRows
 from portllm.checkpoint.patch import Patch
 from portllm.checkpoint.places import RELEASE, Places
 from portllm.checkpoint.plan import DTYPES, Change, Plan, disk_tensor, linears, refuse_quantised, times
-from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.reader import Checkpoint, equal_values
 from portllm.checkpoint.tying import settle
 from portllm.errors import CheckpointError, ParamsError, ShapeError, UnmatchedModulesError, UnsupportedPatchError
 
@@ -313,12 +313,26 @@ class _Planner:
     def _refuse_untied(self) -> None:
         """What PEFT gives a module only because the base ties it to its embedding needs a base that does."""
         tied = [parameter.rpartition(".")[0] for parameter in self.layout.tied]
-        for name in sorted(self.patch.follows_tie - {name.rpartition(".")[0] for name in self.patch.replaced}):
-            if not any(module.endswith(name) for module in tied):
+        for name in sorted(self.patch.follows_tie):
+            if any(module.endswith(name) for module in tied):
+                continue
+            if f"{name}.weight" in self.patch.replaced:
+                self._refuse_copy(f"{name}.weight")
+            else:
                 raise UnmatchedModulesError(
                     f"{name}: the patch was trained where it is tied to the embedding, {self.base.path} does not tie "
                     "them, so PEFT would not load it; expected a base that does (tie_word_embeddings)"
                 )
+
+    def _refuse_copy(self, parameter: str) -> None:
+        """A head saved because it was tied is the embedding that was saved; any other is a copy of the old base's."""
+        path, entry = self.patch.header.path, self.patch.replaced[parameter]
+        others = [other for name, other in self.patch.replaced.items() if name != parameter]
+        if not any(equal_values((path, entry), (path, other)) for other in others):
+            raise UnsupportedPatchError(
+                f"{path}: {entry.name} looks like a copy of the old base's (save_embedding_layers), which "
+                "ensure_weight_tying hides; expected the embedding it is tied to, save the patch without copies"
+            )
 
     def _refuse_scale(self) -> None:
         patch = self.patch

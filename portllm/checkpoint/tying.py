@@ -72,6 +72,11 @@ def _stays_tied(head: str, embedding: str, patch: Patch) -> bool:
     above, below = head.rpartition(".")[0], embedding.rpartition(".")[0]
     if below in patch.tokens:
         # PEFT gives the rows of trained tokens to both sides unless each has its own
+        if above not in patch.tokens and _holds(patch, head):
+            raise UnsupportedPatchError(
+                f"{head}: is tied to {below}, whose tokens are trained (trainable_token_indices), and is changed by "
+                "the patch too, which portllm does not port; train the tokens or the head"
+            )
         return above not in patch.tokens
     if not patch.ensure_weight_tying:
         return False

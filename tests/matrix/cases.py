@@ -112,6 +112,9 @@ def _embeddings_and_heads() -> Iterator[Case]:
     yield Case("gpt2", "head-tying", {"target_modules": ["c_attn", "lm_head"], **tying}, refused="lm_head.*both sides")
     yield Case("gpt2", "embedding+head-tying", {"target_modules": ["c_attn", "wte", "lm_head"], **tying},
                refused="lm_head.*both sides")  # fmt: skip
+    for module, refused in (("lm_head", None), ("embed_tokens", "lm_head.*copy")):  # untied, beside the other's copy
+        yield Case("llama", f"save-{module}-tying-copies", {"target_modules": ["q_proj"], "modules_to_save": [module],
+                   "ensure_weight_tying": True}, copies=True, source=True, refused=refused)  # fmt: skip
     yield Case("llama", "embedding-tying", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True})
 
 
@@ -166,6 +169,11 @@ def _tokens() -> Iterator[Case]:
     for name in ("ctrl", "phi"):  # PEFT computes a head with trained tokens without its bias
         tokens_of = {ARCHITECTURES[name].embedding: tokens} if name == "ctrl" else {"lm_head": tokens}
         yield Case(name, "tokens", {**_linears(name), "trainable_token_indices": tokens_of}, refused="lm_head.*bias")
+    for name in ("llama-tied", "gpt2-hub"):
+        yield Case(name, "tokens+head", {"target_modules": ["lm_head"], "trainable_token_indices": tokens},
+                   refused="lm_head.*tied to.*tokens are trained")  # fmt: skip
+    yield Case("llama-tied", "tokens+save-head", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"],
+               "trainable_token_indices": tokens}, refused="lm_head.token_adapter")  # fmt: skip
     yield Case("llama", "tokens-both",
                {**QUERY_VALUE, "trainable_token_indices": {"embed_tokens": tokens, "lm_head": [1, 47]}})  # fmt: skip
     yield Case("llama-tied", "tokens-both",
