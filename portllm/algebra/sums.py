@@ -56,13 +56,15 @@ class Update:
             return 0.0
         b = _wide(self._b[row : row + len(old)]) * self._scale
         step = max(1, BLOCK_ELEMENTS // old.shape[1])
+        ties = _Ties(new)
         with numpy.errstate(all="ignore"):  # what is not finite is told by the result
             for first in range(0, len(old), step):
                 rows = slice(first, first + step)
-                total = _space("total", "f8", old[rows].shape)
-                _widen(old[rows], total)
-                total += numpy.matmul(b[rows], self._wide_a, out=_space("delta", "f8", total.shape))
-                _narrow(total, new[rows])
+                space = _space(old[rows].shape)
+                space.widen(old[rows])
+                space.total += numpy.matmul(b[rows], self._wide_a, out=space.delta)
+                ties.note(space.narrow(new[rows]), space, first)
+            ties.settle()
         return largest(new)
 
     def exact(self) -> Array:
@@ -195,51 +197,83 @@ def _wide(factor: Matrix) -> Array:
     return wide
 
 
-def _widen(old: Array, total: Array) -> None:
-    """Write weights into `total` in float64."""
-    import numpy
+class _Space:
+    """Work space for a block (rows, columns), and what is done in it; a thread's all lie in the same memory."""
 
-    if old.dtype == numpy.uint16:
-        bits = _space("bits", "u4", old.shape)
-        bits[:] = old
-        bits <<= 16
-        old = bits.view(numpy.float32)
-    total[:] = old
+    def __init__(self, shape: tuple[int, int], memory: dict[str, Array]) -> None:
+        import numpy
+
+        self.shape, count = shape, shape[0] * shape[1]
+        self.total, self.delta = (memory[name][:count].reshape(shape) for name in ("total", "delta"))
+        self._flat = memory["bits"][:count]
+        self._bits = self._flat.reshape(shape)
+        self._near = self._bits.view(numpy.float32)
+        self._halves, self._mask = self._flat.view(numpy.int16), memory["mask"][: 2 * count]
+        self._fours = self._mask[: 2 * (count // 4 * 4)].view(numpy.int64)
+
+    def widen(self, old: Array) -> None:
+        """Write weights into `total`."""
+        import numpy
+
+        if old.dtype == numpy.uint16:
+            numpy.copyto(self._bits, old)
+            numpy.left_shift(self._bits, 16, out=self._bits)
+            old = self._near
+        numpy.copyto(self.total, old)
+
+    def narrow(self, out: Array) -> Array:
+        """Round `total` to the dtype of `out`, to the nearest; returns the flat indices that are still to be rounded.
+
+        numpy rounds to float16 in one step, ties to even. Every tie of bfloat16 is a float32: where the float32 is
+        none, it lies on the same side of the nearest one as the float64 does, and adding half a unit rounds it.
+        """
+        import numpy
+
+        if out.dtype != numpy.uint16:
+            numpy.copyto(out, self.total, casting="same_kind")
+            return numpy.empty(0, numpy.intp)
+        numpy.copyto(self._near, self.total, casting="same_kind")
+        found = self._ties()
+        # cannot overflow: the lower half of infinity and of a bfloat16's NaN is 0
+        numpy.add(self._bits, numpy.uint32(0x8000), out=self._bits)
+        numpy.right_shift(self._bits, 16, out=self._bits)
+        numpy.copyto(out, self._bits, casting="same_kind")
+        return found
+
+    def _ties(self) -> Array:
+        """Flat indices of all float32 values half-way between two of bfloat16, and of some that are not."""
+        import numpy
+
+        numpy.equal(self._halves, -0x8000, out=self._mask)  # the lower half; the upper one only of -0 and the like
+        # four numbers in eight bytes of the mask at once; numpy searches for a bool faster than for a number
+        found = numpy.flatnonzero(self._fours != 0)
+        if len(found):
+            found = (4 * found[:, None] + numpy.arange(4)).ravel()
+        count, whole = len(self._flat), 4 * len(self._fours)
+        return numpy.append(found, numpy.arange(whole, count)) if whole < count else found
 
 
-def _narrow(total: Array, out: Array) -> None:
-    """Round float64 once to the dtype of `out`, to the nearest, ties to even.
+class _Ties:
+    """The few sums that are not rounded with the others, kept until all blocks are through."""
 
-    numpy rounds to float16 in one step. Every tie of bfloat16 is a float32: where the float32 is none, it lies on the
-    same side of the nearest one as the float64 does, and adding half a unit rounds it; the others are rounded apart.
-    """
-    import numpy
+    def __init__(self, out: Array) -> None:
+        self._out = out
+        self._found: list[Array] = []
+        self._values: list[Array] = []
 
-    if out.dtype != numpy.uint16:
-        numpy.copyto(out, total, casting="same_kind")
-        return
-    bits = _space("bits", "u4", total.shape)
-    numpy.copyto(bits.view(numpy.float32), total, casting="same_kind")
-    ties = _ties(bits.reshape(-1))
-    bits += numpy.uint32(0x8000)  # cannot overflow: the lower half of infinity and of a bfloat16's NaN is 0
-    bits >>= numpy.uint32(16)
-    numpy.copyto(out, bits, casting="same_kind")
-    if len(ties):
-        out.reshape(-1)[ties] = _round_odd(total.reshape(-1)[ties])
+    def note(self, found: Array, space: _Space, row: int) -> None:
+        """Keep the sums at flat indices `found` of a block whose first row is `row`."""
+        if len(found):
+            self._values.append(space.total.reshape(-1)[found])
+            self._found.append(found + row * space.shape[1])
 
+    def settle(self) -> None:
+        """Round them."""
+        import numpy
 
-def _ties(bits: Array) -> Array:
-    """Indices of all float32 values half-way between two of bfloat16, and of some that are not."""
-    import numpy
-
-    mask = _space("mask", "?", (2 * len(bits),))
-    numpy.equal(bits.view(numpy.int16), -0x8000, out=mask)  # the lower half; the upper one only of -0 and the like
-    whole = len(bits) // 4 * 4
-    # four numbers in eight bytes of the mask at once; numpy searches for a bool faster than for a number
-    found = numpy.flatnonzero(mask[: 2 * whole].view(numpy.int64) != 0)
-    if len(found):
-        found = (4 * found[:, None] + numpy.arange(4)).ravel()
-    return numpy.append(found, numpy.arange(whole, len(bits))) if whole < len(bits) else found
+        if self._found:
+            i, j = numpy.divmod(numpy.concatenate(self._found), self._out.shape[1])
+            self._out[i, j] = _round_odd(numpy.concatenate(self._values))
 
 
 def _round_odd(values: Array) -> Array:
@@ -258,14 +292,17 @@ def _round_odd(values: Array) -> Array:
     return (bits >> 16).astype(numpy.uint16)
 
 
-def _space(name: str, dtype: str, shape: tuple[int, ...]) -> Array:
-    """This thread's work space of that name, uninitialised: no block pays for fresh memory."""
+def _space(shape: tuple[int, int]) -> _Space:
+    """This thread's work space of that shape, uninitialised: no block pays for fresh memory."""
     import numpy
 
-    count = 1
-    for n in shape:
-        count *= n
-    kept: dict[str, Array] = _OWN.__dict__
-    if name not in kept or len(kept[name]) < count:
-        kept[name] = numpy.empty(count, dtype)
-    return kept[name][:count].reshape(shape)
+    kept: dict[tuple[int, int], _Space] = _OWN.__dict__.setdefault("spaces", {})
+    if shape not in kept:
+        memory: dict[str, Array] = _OWN.__dict__.setdefault("memory", {})
+        count = max(shape[0] * shape[1], BLOCK_ELEMENTS)
+        if not memory or len(memory["bits"]) < count:
+            kept.clear()
+            for name, dtype, each in (("total", "f8", 1), ("delta", "f8", 1), ("bits", "u4", 1), ("mask", "?", 2)):
+                memory[name] = numpy.empty(each * count, dtype)
+        kept[shape] = _Space(shape, memory)
+    return kept[shape]

@@ -8,6 +8,8 @@ import hashlib
 import math
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -195,6 +197,23 @@ def test_known_digests_are_taken_as_they_are(one: Header, tmp_path: Path) -> Non
     assert written.before == known
     assert written.after[one.tensors["x"]] == "1" * 64
     assert written.after[one.tensors["w"]] == digest(load_file(tmp_path / "out")["w"])
+
+
+def test_a_port_of_plain_lora_needs_no_torch(
+    tmp_path: Path, make_checkpoint: Callable[..., Path], make_patch: Callable[..., Path]
+) -> None:
+    """Its import would take longer than the port, and most of the memory."""
+    name = "model.layers.0.self_attn.q_proj"
+    base = make_checkpoint(tmp_path / "base", {f"{name}.weight": torch.ones(4, 4, dtype=torch.bfloat16)})
+    patch = make_patch(tmp_path / "patch", {name: (torch.ones(2, 4), torch.ones(4, 2))})
+    code = (
+        "import sys; from portllm.cli import main; main(sys.argv[1:], standalone_mode=False); "
+        "sys.exit(('torch' in sys.modules) + 2 * ('numpy' not in sys.modules))"
+    )
+    command = ["port", str(patch), "--onto", str(base), "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert (done.returncode, "1 tensor" in done.stdout + done.stderr) == (0, True), done.stderr
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[f"{name}.weight"], torch.full((4, 4), 5.0))
 
 
 @pytest.fixture(params=["at open", "at write", "never"])
