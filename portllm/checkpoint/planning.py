@@ -230,6 +230,11 @@ class _Planner:
             raise ShapeError(
                 f"{parameter}: the patch saved {times(entry.shape)}, the base has {times(shape)}; {RELEASE}"
             )
+        if isinstance(self.base.config.get("text_config"), dict):
+            raise UnsupportedPatchError(
+                f"{parameter}: the patch has a vocabulary of {entry.shape[0]}, and that of {self.base.path} is in its "
+                "text_config, where portllm does not grow it; train on the base's own vocabulary"
+            )
         self.config["vocab_size"] = entry.shape[0]
 
     def _whole_vocabulary(self) -> None:

@@ -141,6 +141,8 @@ def _whole_modules() -> Iterator[Case]:
     yield Case("llama", "save-mlp", {**QUERY_VALUE, "modules_to_save": ["mlp"]})
     yield Case("llama", "save-embedding-grown", {**QUERY_VALUE, "modules_to_save": ["embed_tokens"]}, vocabulary=52,
                refused="vocab|embed|lm_head|rows")  # fmt: skip
+    yield Case("llava", "save-both-grown", {**QUERY_VALUE, "modules_to_save": ["embed_tokens", "lm_head"]},
+               vocabulary=52, refused="vocabulary of 52.*text_config")  # fmt: skip
     yield Case("llama", "shrunk", {**QUERY_VALUE, "modules_to_save": ["embed_tokens", "lm_head"]}, vocabulary=44,
                refused="vocab|embed|lm_head|shrink|rows")  # fmt: skip
 
