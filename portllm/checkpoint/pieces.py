@@ -34,7 +34,7 @@ class Sources:
     """The base's files that one file is made from, held open."""
 
     def __init__(self, file: TargetFile, stack: contextlib.ExitStack) -> None:
-        self.path = file.path
+        self.path, self._file = file.path, file
         self._headers = {header.path: header for header, _ in (t.origin for t in file.targets if t.origin is not None)}
         self._handles = {path: stack.enter_context(open_input(path)).fileno() for path in self._headers}
         self.identities = {path: identity(os.fstat(handle)) for path, handle in self._handles.items()}
@@ -43,6 +43,14 @@ class Sources:
         """Fill `buffer` from byte `offset` of a tensor. Raises CheckpointError."""
         header, entry = origin
         read_exactly(self._handles[header.path], buffer, entry.start + offset, header.path)
+
+    def twin(self) -> int | None:
+        """The handle of the one file that the written one is a copy of, but for edits, byte for byte."""
+        if len(self._handles) != 1:
+            return None
+        ((path, handle),) = self._handles.items()
+        kept = all(t.origin is not None and t.origin[1] == t.entry for t in self._file.targets)
+        return handle if kept and len(self._file.head) == self._headers[path].data_start else None
 
     def check(self) -> None:
         """Raise CheckpointError where a file is not what it was when its header was read, or when it was opened."""
@@ -82,6 +90,7 @@ class Head:
     """The first bytes of a file."""
 
     data: bytes
+    copied: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -105,6 +114,11 @@ class Part:
     edit: Edit | None
     offset: int
     nbytes: int
+
+    @property
+    def copied(self) -> bool:
+        """Whether they are as in the base."""
+        return self.edit is None
 
     def fill(self, old: memoryview, new: memoryview) -> None:
         """Read or compute them. Raises CheckpointError, PatchError where one is not finite."""

@@ -16,7 +16,7 @@ import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +25,7 @@ from portllm.checkpoint.output import sync
 
 ALIGN = 4096  # of offset, length and memory in a direct write; a page
 ROOM = 64  # buffers of single pieces start at multiples of this, so that no tensor is misaligned
+FICLONE = 0x40049409  # ioctl_ficlone(2)
 DISK_THREADS = 2  # writes of one file under way at a time
 
 
@@ -35,6 +36,10 @@ class Piece(Protocol):
     def nbytes(self) -> int:
         """How many."""
 
+    @property
+    def copied(self) -> bool:
+        """Whether they are the bytes of the file's twin in the same place."""
+
     def fill(self, old: memoryview, new: memoryview) -> None:
         """Write the bytes into `new`; `old` is work space of the same length. Pieces are filled in no order."""
 
@@ -43,9 +48,13 @@ class Piece(Protocol):
 
 
 class Output:
-    """A file being written, directly to the disk if it can be; on the disk when closed without error."""
+    """A file being written, directly to the disk if it can be; on the disk when closed without error.
 
-    def __init__(self, path: Path, size: int) -> None:
+    `cloned`: it shares the blocks of its twin (btrfs, XFS), so that only what differs is to be written.
+    """
+
+    def __init__(self, path: Path, size: int, twin: int | None = None) -> None:
+        """`twin` is the open handle of a file whose bytes most of this one's are, in the same places."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         self._path, self._size, self._lock = path, size, threading.Lock()
         try:
@@ -54,6 +63,7 @@ class Output:
             if error.errno != errno.EINVAL:
                 raise
             self._handle, self._direct = os.open(path, flags, 0o666), False
+        self.cloned = twin is not None and self._clone(twin)
 
     def __enter__(self) -> Output:
         return self
@@ -67,7 +77,7 @@ class Output:
             os.close(self._handle)
 
     def write(self, piece: memoryview, offset: int) -> None:
-        """Write `piece`, whole pages from memory on a page boundary, at a page's offset. Raises OSError."""
+        """Write `piece`: if not cloned, whole pages of memory, at the offset of a page. Raises OSError."""
         directly = self._direct  # another thread may turn to the cache meanwhile
         try:
             write_exactly(self._handle, piece, offset)
@@ -76,9 +86,17 @@ class Output:
                 raise
             self._turn_to_the_cache()  # a file system that takes O_DIRECT at open and refuses it now
             write_exactly(self._handle, piece, offset)
-        if not self._direct:
+        if not self._direct and len(piece):
             # on Linux this starts the write-back of dirty pages, so that fsync does not wait for all at once
             os.posix_fadvise(self._handle, offset, len(piece), os.POSIX_FADV_DONTNEED)
+
+    def _clone(self, twin: int) -> bool:
+        try:
+            fcntl.ioctl(self._handle, FICLONE, twin)
+        except OSError:  # not on this file system, or not across two of them: the bytes are written instead
+            return False
+        self._turn_to_the_cache()  # what differs does not stand on whole pages
+        return True
 
     def _turn_to_the_cache(self) -> None:
         with self._lock:
@@ -169,7 +187,7 @@ class Stream:
             self._pass_on()
         for slot in self._slots:
             slot.wait()
-        if self._tail:
+        if self._tail and not self._output.cloned:
             last = self._slots[0].new[:ALIGN]
             last[: len(self._tail)] = self._tail
             self._output.write(last, self._position - len(self._tail))
@@ -185,8 +203,18 @@ class Stream:
         slot.pending = [
             self._whole.submit(self._sha256.update, slot.new[slot.start : slot.stop]),
             self._tensors.submit(slot.digest),
-            self._disk.submit(self._output.write, slot.new[:whole], slot.position - slot.start),
+            *self._disk_work(slot, whole),
         ]
+
+    def _disk_work(self, slot: _Slot, whole: int) -> Iterator[Future[None]]:
+        if not self._output.cloned:
+            yield self._disk.submit(self._output.write, slot.new[:whole], slot.position - slot.start)
+            return
+        offset = slot.position
+        for piece, _, new in slot.views:
+            if not piece.copied:
+                yield self._disk.submit(self._output.write, new, offset)
+            offset += piece.nbytes
 
 
 def room(nbytes: int) -> int:

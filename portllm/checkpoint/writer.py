@@ -131,7 +131,7 @@ def _write_file(file: TargetFile, job: Job, workers: Executor, libraries: _Libra
     try:
         with contextlib.ExitStack() as stack:
             sources = Sources(file, stack)
-            output = stack.enter_context(Output(file.path, nbytes(file)))
+            output = stack.enter_context(Output(file.path, nbytes(file), sources.twin()))
             stream = stack.enter_context(Stream(output, workers, capacity=capacity, slots=SLOTS, ahead=AHEAD))
             for group in packed(cut(file, sources, job.known, libraries.torch), capacity):
                 stream.put(group)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from portllm.algebra import lora
 from portllm.algebra.edits import Edit, Plain, Replace
-from portllm.checkpoint import pieces
+from portllm.checkpoint import pieces, stream
 from portllm.checkpoint.fingerprint import identity
 from portllm.checkpoint.headers import Header, TensorEntry, read_header
 from portllm.checkpoint.targets import Target, TargetFile
@@ -216,9 +216,38 @@ def test_a_port_of_plain_lora_needs_no_torch(
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[f"{name}.weight"], torch.full((4, 4), 5.0))
 
 
-@pytest.fixture(params=["at open", "at write", "never"])
+def clone(out: int, request: int, source: int) -> None:
+    """What FICLONE does, by copying."""
+    assert request == stream.FICLONE
+    Path(f"/proc/self/fd/{out}").write_bytes(Path(f"/proc/self/fd/{source}").read_bytes())
+
+
+def test_on_a_file_system_that_shares_blocks_only_changes_are_written(
+    one: Header, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans: list[tuple[int, int]] = []
+    written = os.pwrite
+
+    def watched(handle: int, data: Any, offset: int) -> int:
+        spans.append((offset, offset + len(data)))
+        return written(handle, data, offset)
+
+    a, b = torch.randn(2, 30), torch.randn(40, 2)
+    plain = write(one, tmp_path / "plain", {"w": add(a, b)})
+    monkeypatch.setattr(fcntl, "ioctl", clone)
+    monkeypatch.setattr(os, "pwrite", watched)
+    result = write(one, tmp_path / "out", {"w": add(a, b)})
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "plain").read_bytes()
+    assert sorted(spans) == [(0, one.data_start), (one.tensors["w"].start, one.tensors["w"].stop)]
+    assert result == plain
+    moved = [Target(replace(one.tensors["x"], name="y"), (one, one.tensors["x"]))]
+    write_files([laid_out(moved, {}, tmp_path / "moved")], Job({}, Meter(0)))  # a file of another layout is no clone
+    assert torch.equal(load_file(tmp_path / "moved")["y"], load_file(one.path)["x"])
+
+
+@pytest.fixture(params=["at open", "at write", "never", "cloned"])
 def direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """File systems that refuse O_DIRECT when a file is opened, or only when it is written, or not at all."""
+    """File systems that refuse O_DIRECT when a file is opened, or when it is written, or not; that share blocks."""
     opened, written = os.open, os.pwrite
 
     def refuse(path: Any, flags: int, *more: Any) -> int:
@@ -233,6 +262,8 @@ def direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(os, "open", refuse)
     monkeypatch.setattr(os, "pwrite", refuse_to_write)
+    if request.param == "cloned":
+        monkeypatch.setattr(fcntl, "ioctl", clone)
 
 
 @pytest.mark.usefixtures("direct")
