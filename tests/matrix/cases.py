@@ -229,7 +229,7 @@ CASES: tuple[Case, ...] = (
     *_tokens(), *_parameters(), *_sequence_to_sequence(), *_grown(),
 )  # fmt: skip
 
-# in bfloat16 and float16: no tied weights, on which PEFT's own merging errs
+# in bfloat16 and float16, every weight compared: no tied ones, on which PEFT's own merging errs
 NARROW: tuple[Case, ...] = (
     Case("llama", "linears", _linears("llama")),
     Case("llama", "dora+rslora", {**_linears("llama"), "use_dora": True, "use_rslora": True}),
@@ -243,6 +243,7 @@ NARROW: tuple[Case, ...] = (
     Case("gpt2", "dora", {**_linears("gpt2"), "use_dora": True}),
     Case("mixtral", "experts", {"target_modules": ["q_proj"], "target_parameters": list(EXPERTS)}),
     Case("gpt_oss", "experts", {"target_modules": ["q_proj"], "target_parameters": list(EXPERTS)}),
+    Case("llava", "linears", _linears("llava")),
 )
 
 # whose effect --scale multiplies, and those that have nothing to multiply

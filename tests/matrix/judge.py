@@ -24,8 +24,8 @@ from tests.matrix.architectures import ARCHITECTURES, VOCABULARY, Architecture
 OLD, NEW = 0, 1  # the seeds of the two bases: as different as can be
 PREFIX = "base_model.model."
 # A logit may differ by this share of what the patch does to the logits. Rounding in float32 through two layers was
-# measured at up to 2e-5 of it; a module left out, transposed or wrongly scaled shows at 1e-2 and more.
-TOLERANCE = 2e-4
+# measured at up to 6e-6 of it, and any one module left out at 4e-2 and more (llava's eyes apart: see NARROW).
+TOLERANCE = 1e-4
 TASKS = {
     "AutoModelForCausalLM": "CAUSAL_LM",
     "AutoModelForImageTextToText": "CAUSAL_LM",
