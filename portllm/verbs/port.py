@@ -83,7 +83,7 @@ def run(
         modules={"matched": plan.matched, "total": plan.total},
         tensors=plan.tensors(base),
         configs=provenance.configs(onto, patch),
-        versions=provenance.versions("torch"),
+        versions=provenance.versions("numpy", "torch"),
     )
     if on_plan is not None:
         on_plan(plan)
