@@ -39,7 +39,7 @@ def made_before(out: Path, *, patch: Path, onto: Path, source: Path | None, para
         return None
     manifest = Manifest.open(out)
     record = manifest.record
-    asked = (params.as_, params.scale, params.method, *provenance.versions("torch").items())
+    asked = (params.as_, params.scale, params.method, *provenance.versions(*provenance.COMPUTING).items())
     if asked != (record.output, record.scale, record.method, *record.versions.items()):
         return None
     if record.configs != provenance.configs(onto, patch):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from portllm.checkpoint.growth import first_rows, grew
 from portllm.checkpoint.headers import BITS, Header, TensorEntry
 from portllm.checkpoint.layout import Layout
 from portllm.checkpoint.placing import laid_out, plain_file
@@ -45,12 +46,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every change by tensor name; how many of the base's modules that is; and what config.json must say afterwards."""
+    """Every change by tensor name; how many of the base's modules that is; and what config.json must say afterwards.
+
+    `extended` names the modules that only grew: their new rows are in the patch's copy of a base weight.
+    """
 
     changes: Mapping[str, Change]
     matched: int
     total: int
     config: Mapping[str, Any] = field(default_factory=dict)
+    extended: tuple[str, ...] = ()
 
     def tensors(self, base: Checkpoint) -> dict[str, int]:
         """How many tensors of the written checkpoint are changed and how many copied."""
@@ -117,22 +122,27 @@ def check_saved(patch: Patch, layout: Layout, base: Checkpoint, old: Checkpoint 
     """
     for parameter, entry in patch.saved.items():
         name = disk_tensor(f"{parameter}.weight", layout)
-        if name is None or entry.shape != base.shape(name):
-            found, hint = "no such weight", "is this a release of the base it was trained on?"
-            if name is not None:
-                found = times(base.shape(name))
-                if entry.shape[1:] == base.shape(name)[1:] and entry.shape[0] > base.shape(name)[0]:
-                    hint = "where a vocabulary grew, save embedding and head with the patch (modules_to_save)"
+        if name is None or (entry.shape != base.shape(name) and not grew(entry, base.shape(name))):
+            found = "no such weight" if name is None else times(base.shape(name))
             raise ShapeError(
-                f"{parameter}: the patch carries a base weight of {times(entry.shape)}, {base.path} has {found}; {hint}"
+                f"{parameter}: the patch carries a base weight of {times(entry.shape)}, {base.path} has {found}; "
+                "is this a release of the base it was trained on?"
             )
         origins = [c for c in (base, old) if c is not None and name in c.where]
-        if not any(equal_values((patch.header.path, entry), (c.where[name].path, c.entry(name))) for c in origins):
+        if not any(_copied(patch.header.path, entry, c, name) for c in origins):
             hint = "is this the base it was trained on?" if old is not None else "pass that base as --from to prove it"
             raise UnsupportedPatchError(
                 f"{patch.header.path}: {entry.name} is a base weight saved with the patch (save_embedding_layers); "
                 f"expected a copy of the old base's, found another; {hint}"
             )
+
+
+def _copied(path: Path, entry: TensorEntry, base: Checkpoint, name: str) -> bool:
+    """Whether a saved weight, or its first rows where a vocabulary grew, is a base's."""
+    shape = base.shape(name)
+    if grew(entry, shape):
+        entry = first_rows(entry, shape[0])
+    return equal_values((path, entry), (base.where[name].path, base.entry(name)))
 
 
 def disk_tensor(parameter: str, layout: Layout) -> str | None:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from portllm.checkpoint.blocks import LowRank, Piece, Shelf, block_reader, of_expert, of_pair, overlap, pieces
 from portllm.checkpoint.derived import Old as Old
 from portllm.checkpoint.derived import derived
+from portllm.checkpoint.growth import extended, grew
 from portllm.checkpoint.headers import TensorEntry
+from portllm.checkpoint.heads import classifier
 from portllm.checkpoint.layout import HEAD, Layout, Part, plain, whole
 from portllm.checkpoint.pairs import LoraPair, TokenRows
 from portllm.checkpoint.patch import Patch
@@ -53,6 +55,7 @@ class _Planner:
         self.config: dict[str, Any] = {}
         self.shelf = Shelf()
         self.places = Places(base, layout)
+        self.extended: list[str] = []
 
     def plan(self) -> Plan:
         self._refuse_missing()
@@ -66,12 +69,15 @@ class _Planner:
             self._add(tensor, group)
         for parameter, entry in self.patch.replaced.items():
             self._replace(parameter, entry)
+        for module, saved in self.patch.saved.items():
+            self._extend(module, saved)
         for module, tokens in self.patch.tokens.items():
             self._tokens(module, tokens)
-        self.config |= settle(self.changes, self.patch, self.places)
+        self.config |= settle(self.changes, self.patch, self.places, self.extended)
         self._whole_vocabulary()
         total = linears(self.layout) | self.modules
-        return Plan(dict(sorted(self.changes.items())), len(self.modules), len(total), self.config)
+        changes = dict(sorted(self.changes.items()))
+        return Plan(changes, len(self.modules), len(total), self.config, tuple(self.extended))
 
     # --- low-rank updates ---
 
@@ -237,6 +243,27 @@ class _Planner:
             )
         self.config["vocab_size"] = entry.shape[0]
 
+    def _extend(self, module: str, saved: TensorEntry) -> None:
+        """A copy of a base weight with more rows than the base: the new ones come along."""
+        parameter = f"{module}.weight"
+        if parameter in self.layout.tied or parameter in self.patch.replaced or not self.places.known(parameter):
+            return  # it grows with its embedding, or is the patch's own
+        parts, shape = self.places.place(parameter)
+        if not grew(saved, shape):
+            return
+        tensor = self.places.single(parameter, parts, "a grown vocabulary")
+        self._grow(parameter, saved, shape)
+        base, patch = (self.base.where[tensor].path, self.base.entry(tensor)), (self.patch.header.path, saved)
+        tokens = self.patch.tokens.get(module)
+        if tokens is not None:
+            self._check_rows(module, tokens, saved.shape)
+        sources = (saved.name, *([tokens.entry.name] if tokens is not None else []))
+        self.extended.append(module)
+        self._change(
+            tensor, lambda: extended(base, patch, tokens), f"{saved.shape[0] - shape[0]} rows added", sources,
+            shape=saved.shape, reads=False,
+        )  # fmt: skip
+
     def _whole_vocabulary(self) -> None:
         """A vocabulary that grew has grown everywhere."""
         rows, old = self.config.get("vocab_size"), self.base.config.get("vocab_size")
@@ -264,19 +291,7 @@ class _Planner:
 
     def _new_head(self, parameter: str, entry: TensorEntry) -> None:
         """The head of a classifier on a base that has none yet: a tensor and what config.json needs to load it."""
-        architecture = str((self.base.config.get("architectures") or [""])[0])
-        stem = next(
-            (architecture.removesuffix(s) for s in ("ForCausalLM", "LMHeadModel") if architecture.endswith(s)), ""
-        )
-        if not stem or parameter.rpartition(".")[2] != "weight" or len(entry.shape) != 2:
-            raise UnsupportedPatchError(
-                f"{parameter}: {self.base.path} is a {architecture or 'model of unknown class'} without that head; "
-                "expected a causal language model, for which the head of a classifier is known"
-            )
-        count = entry.shape[0]
-        self.config["architectures"] = [f"{stem}ForSequenceClassification"]
-        self.config["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
-        self.config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
+        self.config |= classifier(self.base, parameter, entry)
         dtype = self.base.dtype(self.base.names[0])
         edit = self._replacing(entry, whole(parameter, entry.shape))
         change = Change(parameter, dtype, entry.shape, None, edit, "added", (entry.name,))
@@ -284,14 +299,12 @@ class _Planner:
 
     def _tokens(self, module: str, tokens: TokenRows) -> None:
         self.modules.add(self.places.in_memory(module))
+        if module in self.extended:
+            return
         parts, shape = self.places.place(f"{module}.weight")
         tensor = self.places.single(module, parts, "trainable_token_indices")
         self.places.refuse_bias(module)
-        if tokens.indices and max(tokens.indices) >= shape[0] or tokens.entry.shape != (len(tokens.indices), shape[1]):
-            raise ShapeError(
-                f"{module}: the patch trained {times(tokens.entry.shape)} rows up to {max(tokens.indices, default=0)}, "
-                f"the base has {times(shape)}; {RELEASE}"
-            )
+        self._check_rows(module, tokens, shape)
 
         def edit() -> Edit:
             from portllm.algebra.edits import ReplaceRows
@@ -299,6 +312,13 @@ class _Planner:
             return ReplaceRows(dict(zip(tokens.indices, tokens.values, strict=True)))
 
         self._change(tensor, edit, f"{len(tokens.indices)} rows replaced", (tokens.entry.name,))
+
+    def _check_rows(self, module: str, tokens: TokenRows, shape: tuple[int, ...]) -> None:
+        if tokens.indices and max(tokens.indices) >= shape[0] or tokens.entry.shape != (len(tokens.indices), shape[1]):
+            raise ShapeError(
+                f"{module}: the patch trained {times(tokens.entry.shape)} rows up to {max(tokens.indices, default=0)}, "
+                f"the base has {times(shape)}; {RELEASE}"
+            )
 
     def _refuse_missing(self) -> None:
         names = [*self.patch.modules, *self.patch.tokens, *self.patch.stacks, *self.patch.replaced]

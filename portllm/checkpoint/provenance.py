@@ -19,6 +19,10 @@ _HUB_NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
 _LONGEST = 96
 
 
+# the packages whose arithmetic a port's bytes come from
+COMPUTING = ("numpy", "torch")
+
+
 def versions(*packages: str) -> dict[str, str]:
     """The installed versions of portllm and `packages`, for a record."""
     return {name: importlib.metadata.version(name) for name in ("portllm", *packages)}

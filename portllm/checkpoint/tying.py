@@ -6,7 +6,7 @@ both (off by whole units in the logits); its unmerged forward, the law here, doe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from portllm.checkpoint.layout import Layout
@@ -22,9 +22,10 @@ from portllm.errors import ShapeError, UnsupportedPatchError
 TIED_BY_PEFT = ("embed_tokens", "lm_head")
 
 
-def settle(changes: dict[str, Change], patch: Patch, places: Places) -> dict[str, Any]:
+def settle(changes: dict[str, Change], patch: Patch, places: Places, extended: Collection[str] = ()) -> dict[str, Any]:
     """Complete `changes` for every tied pair that it touches; returns what config.json must say then.
 
+    A module in `extended` only grew, and its head with it.
     Raises UnsupportedPatchError where a base cannot be untied, ShapeError where the sides would disagree.
     """
     config: dict[str, Any] = {}
@@ -33,7 +34,7 @@ def settle(changes: dict[str, Change], patch: Patch, places: Places) -> dict[str
         above = places.head_tensor(head)
         if below is None or (below not in changes and above not in changes):
             continue
-        if _stays_tied(head, embedding, patch):
+        if (embedding.rpartition(".")[0] in extended and above not in changes) or _stays_tied(head, embedding, patch):
             if embedding.rpartition(".")[0] in patch.tokens:
                 places.refuse_bias(head.rpartition(".")[0])
             _keep_tied(head, above, below, changes, places)

@@ -28,7 +28,7 @@ from portllm.checkpoint.records import PortRecord, Source
 from portllm.checkpoint.targets import TargetFile
 from portllm.checkpoint.tying import check_sides
 from portllm.checkpoint.writer import Job, Meter, Written, copy_file, write_files, write_subset
-from portllm.errors import OutputError, ParamsError, PatchError
+from portllm.errors import OutputError, ParamsError, PatchError, UnsupportedPatchError
 from portllm.lm.naming import layout_of
 from portllm.params import PortParams
 
@@ -83,8 +83,13 @@ def run(
         modules={"matched": plan.matched, "total": plan.total},
         tensors=plan.tensors(base),
         configs=provenance.configs(onto, patch),
-        versions=provenance.versions("numpy", "torch"),
+        versions=provenance.versions(*provenance.COMPUTING),
     )
+    if params.as_ == "adapter" and plan.extended:
+        raise UnsupportedPatchError(
+            f"{patch}: the vocabulary grew, and the new rows of {plan.extended[0]} are in a copy of the base's weight, "
+            "which no adapter can carry to another base; expected --as merged"
+        )
     if on_plan is not None:
         on_plan(plan)
     if dry_run:

@@ -195,6 +195,14 @@ class TestSavedBaseWeights:
         with pytest.raises(UnsupportedPatchError, match="is this the base it was trained on"):
             self.check(self.patch(world, torch.full((11, 4), 2.0)), world.base(), world.base(name="old"))
 
-    def test_a_grown_vocabulary_is_refused(self, world: World) -> None:
-        with pytest.raises(ShapeError, match="carries a base weight of 12×4"):
-            self.check(self.patch(world, torch.ones(12, 4)), world.base(), None)
+    def test_of_a_grown_vocabulary_the_first_rows_are_a_copy(self, world: World) -> None:
+        self.check(self.patch(world, torch.ones(12, 4)), world.base(), None)
+
+    def test_of_a_grown_vocabulary_other_first_rows_are_refused(self, world: World) -> None:
+        other = torch.cat([torch.full((1, 4), 2.0), torch.ones(11, 4)])
+        with pytest.raises(UnsupportedPatchError, match="expected a copy of the old base's"):
+            self.check(self.patch(world, other), world.base(), None)
+
+    def test_a_shrunk_vocabulary_is_refused(self, world: World) -> None:
+        with pytest.raises(ShapeError, match="carries a base weight of 10×4"):
+            self.check(self.patch(world, torch.ones(10, 4)), world.base(), None)

@@ -218,10 +218,6 @@ def _grown() -> Iterator[Case]:
     both = {**QUERY_VALUE, "modules_to_save": ["embed_tokens", "lm_head"]}
     yield Case("llama", "save-both-grown-copies", both, **more)
     yield Case("llama-tied", "save-both-tying-grown-copies", {**both, "ensure_weight_tying": True}, **more)
-    for name in ("llama", "llama-tied"):  # what a patch needs of the new rows it has to hold itself
-        yield Case(name, "grown-copies", QUERY_VALUE, **more, refused="vocabulary grew.*modules_to_save")
-    yield Case("llama-tied", "tokens-grown-copies", {**QUERY_VALUE, "trainable_token_indices": [3, 48, 49, 50, 51]},
-               **more, refused="rows up to 51")  # fmt: skip
 
 
 CASES: tuple[Case, ...] = (
