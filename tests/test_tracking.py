@@ -32,6 +32,7 @@ V1 = Artifact("checkpoint", "models/releases/v1", "b1" * 32)
 PATCH = Artifact("patch", "models/patches/v0/world_boolq", "fa" * 32)
 PORTED = Artifact("ported", "models/ported/v1/world_boolq", "e1" * 32)
 MODEL = "portllm-world_boolq"
+PROJECT = Path.cwd().parent / "project"
 
 
 @pytest.fixture(autouse=True)
@@ -352,18 +353,18 @@ def test_many_artifacts_fit_into_tags():
 @pytest.mark.parametrize(
     ("said", "kept"),
     [
-        ("/home/me/project/models/v0", "models/v0"),
-        ("/home/me/project/models/../data", "data"),
-        ("/home/me/secret-place/base", ".../base"),
-        ("/home/me/project", "."),
-        ("copied /home/me/project/models/v0", "copied models/v0"),
+        (f"{PROJECT}/models/v0", "models/v0"),
+        (f"{PROJECT}/models/../data", "data"),
+        (f"{PROJECT.parent}/secret-place/base", ".../base"),
+        (str(PROJECT), "."),
+        (f"copied {PROJECT}/models/v0", "copied models/v0"),
         ("https://me:pw@hub/x?token=abc&v=1", "https://hub/x?token=***&v=1"),
         ("hf_abcdefghijklmnopqrst", "hf_***"),
         ("mistralai/Mistral-7B-v0.1", "mistralai/Mistral-7B-v0.1"),
     ],
 )
 def test_neither_secrets_nor_machine_paths_are_told(said, kept):
-    assert clean(said, Path("/home/me/project")) == kept
+    assert clean(said, PROJECT) == kept
 
 
 def test_values_under_a_secret_name_are_not_told():

@@ -2,7 +2,7 @@
 
 A tensor is seen as (rows, columns): leading axes flattened, a vector as one row. Each edit is written twice: `rows`
 works in blocks and is what a port runs; `exact` is the formula over the whole tensor in float64, what `verify`
-compares with. Plain LoRA, the common case, is `portllm.algebra.lora.AddLora`.
+compares with. Plain LoRA, the common case, is `portllm.algebra.sums.AddLora`.
 """
 
 from __future__ import annotations

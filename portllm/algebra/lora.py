@@ -8,10 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from portllm.algebra.sums import AddLora as AddLora
-from portllm.algebra.sums import Block as Block
-from portllm.algebra.sums import Update as Update
-from portllm.algebra.sums import check_factors
+from portllm.algebra.sums import Update, check_factors
 from portllm.errors import ShapeError
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from portllm.checkpoint.adapter_config import OUTPUTS, all_linear, matched, saved_whole, scalings, with_parameters
 from portllm.checkpoint.adapter_schema import CONFIG
-from portllm.checkpoint.headers import Header, TensorEntry
+from portllm.checkpoint.headers import Header, TensorEntry, times
 from portllm.checkpoint.pairs import LoraPair, TokenRows
 from portllm.errors import PatchError, ShapeError, UnmatchedModulesError, UnsupportedPatchError
 
@@ -339,8 +339,3 @@ def _check_tokens(config: Mapping[str, Any], contents: Contents, path: Path) -> 
 
 def _foreign(name: str, path: Path, why: str) -> UnmatchedModulesError:
     return UnmatchedModulesError(f"{path}: tensor {name} is not PEFT's LoRA as {CONFIG} describes it: {why}")
-
-
-def times(shape: tuple[int, ...]) -> str:
-    """A shape for people: 64×32."""
-    return "×".join(map(str, shape)) or "a scalar"

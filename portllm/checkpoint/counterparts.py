@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from portllm.checkpoint import fingerprint, provenance
+from portllm.checkpoint.adapter_schema import short
 from portllm.checkpoint.derived import Old, converted
 from portllm.checkpoint.files import companions, tokenizer_files
 from portllm.checkpoint.manifest import Manifest
@@ -129,12 +130,7 @@ def _same_config(path: Path, expected: Mapping[str, Any], free: frozenset[str]) 
     found = read_json_object(path)
     for key in sorted((found.keys() | expected.keys()) - free):
         if found.get(key) != expected.get(key):
-            raise _wrong(path, f"{key} is {_short(found.get(key))}, expected {_short(expected.get(key))}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+            raise _wrong(path, f"{key} is {short(found.get(key))}, expected {short(expected.get(key))}")
 
 
 def _wrong(path: Path, what: str) -> VerificationError:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portllm.checkpoint.blocks import LowRank
-from portllm.checkpoint.headers import TensorEntry
+from portllm.checkpoint.headers import TensorEntry, times
 from portllm.checkpoint.layout import Layout
 from portllm.checkpoint.pairs import LoraPair
 from portllm.checkpoint.patch import Patch
@@ -68,8 +68,10 @@ def _weight(module: str, pair: LoraPair, patch: Patch, old: Old) -> tuple[str, b
     turned = (old.layout.modules[module].kind == "conv1d") != parts[0].transposed
     shape = old.base.shape(name)[::-1] if turned else old.base.shape(name)
     if shape != pair.shape:
-        found, expected = ("×".join(map(str, s)) for s in (shape, pair.shape))
-        raise ShapeError(f"{module}: patch is {expected}, old base tensor {name} is {found}; is it the one trained on?")
+        raise ShapeError(
+            f"{module}: patch is {times(pair.shape)}, old base tensor {name} is {times(shape)}; "
+            "is it the one trained on?"
+        )
     return name, turned
 
 

@@ -91,6 +91,11 @@ def open_input(path: Path) -> BinaryIO:
         return path.open("rb", buffering=0)
 
 
+def times(shape: tuple[int, ...]) -> str:
+    """A shape for people: 64×32."""
+    return "×".join(map(str, shape)) or "a scalar"
+
+
 def read_header(path: Path) -> Header:
     """The header of `path`. Raises CheckpointError when unreadable, HeaderError when it does not describe its file."""
     with open_input(path) as file:

@@ -146,7 +146,9 @@ class Part:
         # after a header of odd length, tensors that stand as on the disk's pages are not aligned in memory
         aligned = new if (entry.start + self.offset) % _width(entry) == 0 else memoryview(bytearray(self.nbytes))
         row, out = self.offset // _row_bytes(entry), _rows(aligned, entry, edit)
-        if not edit.rows(before, row, out, _scratch(edit, self.nbytes)) <= LARGEST[entry.dtype]:  # also when it is NaN
+        if (
+            not edit.rows(before, row, out, _scratch(edit, self.nbytes // _width(entry))) <= LARGEST[entry.dtype]
+        ):  # also when it is NaN
             self._refuse(target, before)
         if aligned is not new:
             new[:] = aligned
@@ -223,7 +225,7 @@ def _survey(edit: Edit, target: Target, sources: Sources) -> None:
         buffer = memoryview(bytearray(nbytes))
         sources.read(target.origin, offset, buffer)
         old = _rows(buffer, target.entry, edit)
-        edit.survey(old, offset // _row_bytes(target.entry), _scratch(edit, nbytes))
+        edit.survey(old, offset // _row_bytes(target.entry), _scratch(edit, nbytes // _width(target.entry)))
 
 
 def _takes_arrays(edit: Edit) -> bool:

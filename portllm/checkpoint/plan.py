@@ -6,13 +6,14 @@ plan fails. The law: the planned checkpoint computes what PEFT's unmerged adapte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portllm.checkpoint.growth import first_rows, grew
-from portllm.checkpoint.headers import BITS, Header, TensorEntry
+from portllm.checkpoint.headers import BITS, Header, TensorEntry, times
 from portllm.checkpoint.layout import Layout
 from portllm.checkpoint.placing import laid_out, plain_file
 from portllm.checkpoint.reader import Checkpoint, equal_values
@@ -93,9 +94,7 @@ class Plan:
 
 def _target(change: Change, base: Checkpoint) -> Target:
     origin = (base.where[change.origin], base.entry(change.origin)) if change.origin is not None else None
-    length = BITS[change.dtype] // 8
-    for n in change.shape:
-        length *= n
+    length = math.prod(change.shape) * BITS[change.dtype] // 8
     return Target(TensorEntry(change.name, change.dtype, change.shape, 0, length), origin, change.edit)
 
 
@@ -151,8 +150,3 @@ def disk_tensor(parameter: str, layout: Layout) -> str | None:
     if len(parts) == 1 and not parts[0].transposed and all(isinstance(axis, tuple) for axis in parts[0].at):
         return parts[0].tensor
     return None
-
-
-def times(shape: tuple[int, ...]) -> str:
-    """A shape for people: 64×32."""
-    return "×".join(map(str, shape)) or "a scalar"

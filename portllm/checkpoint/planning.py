@@ -8,21 +8,22 @@ Tied weights: an update of one side unties them, so that the other stays what it
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from portllm.checkpoint.adapter_config import stack_pairs
 from portllm.checkpoint.blocks import LowRank, Piece, Shelf, block_reader, of_expert, of_pair, overlap, pieces
-from portllm.checkpoint.derived import Old as Old
-from portllm.checkpoint.derived import derived
+from portllm.checkpoint.derived import Old, derived
 from portllm.checkpoint.growth import extended, grew
-from portllm.checkpoint.headers import TensorEntry
+from portllm.checkpoint.headers import TensorEntry, times
 from portllm.checkpoint.heads import classifier
 from portllm.checkpoint.layout import HEAD, Layout, Part, plain, whole
 from portllm.checkpoint.pairs import LoraPair, TokenRows
 from portllm.checkpoint.patch import Patch
 from portllm.checkpoint.places import RELEASE, Places
-from portllm.checkpoint.plan import DTYPES, Change, Plan, disk_tensor, linears, refuse_quantised, times
+from portllm.checkpoint.plan import DTYPES, Change, Plan, disk_tensor, linears, refuse_quantised
 from portllm.checkpoint.reader import Checkpoint, equal_values
 from portllm.checkpoint.tying import settle
 from portllm.errors import CheckpointError, ParamsError, ShapeError, UnmatchedModulesError, UnsupportedPatchError
@@ -36,9 +37,10 @@ HEADS_OF_CLASSIFIERS = frozenset({"score", "classifier"})
 def make_plan(
     patch: Patch, base: Checkpoint, layout: Layout | None = None, *, scale: float = 1.0, old: Old | None = None
 ) -> Plan:
-    """Match every part of `patch` to tensors of `base`, whose layout is the plain one unless given. Reads only headers.
+    """Match every part of `patch` to tensors of `base`, whose layout is the plain one unless given.
 
-    `scale` multiplies Δ. `old` is needed where the patch's meaning depends on it (PiSSA, OLoRA). Raises CheckpointError
+    Reads headers, and tensors only where the patch holds what looks like a copy of another of its own. `scale`
+    multiplies Δ. `old` is needed where the patch's meaning depends on it (PiSSA, OLoRA). Raises CheckpointError
     (quantised base), UnmatchedModulesError, ShapeError, UnsupportedPatchError or ParamsError, naming what does not fit.
     """
     refuse_quantised(base)
@@ -121,9 +123,7 @@ class _Planner:
         turned = parts[0].transposed
         update = update.turned() if turned else update
         outputs = int((self.places.kind(module) == "linear") == turned)
-        size = 1
-        for n in entry.shape if entry is not None else ():
-            size *= n
+        size = math.prod(entry.shape) if entry is not None else 1
         if size != update.shape[outputs]:
             raise ShapeError(f"{module}: the patch has {size} magnitudes, expected {update.shape[outputs]}; {RELEASE}")
 
@@ -159,8 +159,6 @@ class _Planner:
         self._change(name, edit, "b + s·b_B", (pair.bias.name,))
 
     def _stack(self, owner: str, stack: tuple[LoraPair, ...]) -> None:
-        from portllm.checkpoint.adapter_config import stack_pairs
-
         known = self.layout.modules.get(owner)
         if known is None:
             raise UnmatchedModulesError(f"{owner}: {self.base.path} has no such module; {RELEASE}")

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from portllm.checkpoint.headers import times
 from portllm.checkpoint.layout import Layout
 from portllm.checkpoint.pairs import LoraPair
 from portllm.checkpoint.patch import CONFIG, Patch
 from portllm.checkpoint.patterns import WHOLE, first_matches
 from portllm.checkpoint.places import RELEASE, Places
-from portllm.checkpoint.plan import Change, disk_tensor, times
+from portllm.checkpoint.plan import Change, disk_tensor
 from portllm.checkpoint.reader import equal_values
 from portllm.errors import ShapeError, UnsupportedPatchError
 

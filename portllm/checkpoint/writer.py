@@ -18,9 +18,7 @@ from typing import BinaryIO
 
 from portllm.checkpoint.headers import Header, TensorEntry, open_input, reading
 from portllm.checkpoint.pieces import Part, Sources, cut, largest_piece, packed
-from portllm.checkpoint.placing import laid_out as laid_out
-from portllm.checkpoint.placing import nbytes as nbytes
-from portllm.checkpoint.placing import plain_file as plain_file
+from portllm.checkpoint.placing import laid_out, nbytes
 from portllm.checkpoint.stream import Output, Stream
 from portllm.checkpoint.targets import Target, TargetFile
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from portllm.checkpoint.derived import Old
 from portllm.checkpoint.layout import PLAIN, Layout, plain
 from portllm.checkpoint.reader import Checkpoint
 
@@ -24,3 +27,11 @@ def layout_of(base: Checkpoint) -> Layout:
         if kind not in CONFIG_MAPPING:
             return plain(base)
     return built(base)
+
+
+def old_base(path: Path | None) -> Old | None:
+    """The base a patch was made on, where it is at hand. Raises CheckpointError."""
+    if path is None:
+        return None
+    base = Checkpoint.open(path)
+    return Old(base, layout_of(base))

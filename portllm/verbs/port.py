@@ -29,7 +29,7 @@ from portllm.checkpoint.targets import TargetFile
 from portllm.checkpoint.tying import check_sides
 from portllm.checkpoint.writer import Job, Meter, Written, copy_file, write_files, write_subset
 from portllm.errors import OutputError, ParamsError, PatchError, UnsupportedPatchError
-from portllm.lm.naming import layout_of
+from portllm.lm.naming import layout_of, old_base
 from portllm.params import PortParams
 
 Progress = Callable[[int, int], None]
@@ -60,7 +60,7 @@ def run(
     if not dry_run:
         refuse(out, force=force, inputs=inputs)  # at once, not after reading for minutes
     lora, base = Patch.open(patch), Checkpoint.open(onto)
-    old = _old(source)
+    old = old_base(source)
     layout = layout_of(base)
     plan = make_plan(lora, base, layout, scale=params.scale, old=old)
     for entry in lora.header.tensors.values():
@@ -105,13 +105,6 @@ def run(
         record = dataclasses.replace(record, files=dict(sorted(files.items())))
         record.write(folder)
     return record
-
-
-def _old(source: Path | None) -> Old | None:
-    if source is None:
-        return None
-    base = Checkpoint.open(source)
-    return Old(base, layout_of(base))
 
 
 def _trained_on(patch: Patch, source: Path | None) -> Source | None:

@@ -24,7 +24,7 @@ from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.records import PortRecord, Source
 from portllm.checkpoint.writer import Meter
 from portllm.errors import ParamsError, VerificationError
-from portllm.lm.naming import layout_of
+from portllm.lm.naming import layout_of, old_base
 
 Progress = Callable[[int, int], None]
 
@@ -122,7 +122,7 @@ class _Inputs:
     @classmethod
     def open(cls, manifest: Manifest, onto: Path, patch: Path, source: Path | None) -> _Inputs:
         base, lora, folder = Checkpoint.open(onto), Patch.open(patch), manifest.folder
-        old = _old(source)
+        old = old_base(source)
         plan = make_plan(lora, base, layout_of(base), scale=manifest.record.scale, old=old)
         if manifest.record.output == "merged":
             files, whose = plan.files(base, folder), "base"
@@ -170,10 +170,3 @@ class _Inputs:
                 f"{path}: has fingerprint {found[:12]}, {self.manifest.folder / PortRecord.FILE} names {recorded.name} "
                 f"with fingerprint {recorded.fingerprint[:12]}; pass that one as {flag}"
             )
-
-
-def _old(source: Path | None) -> Old | None:
-    if source is None:
-        return None
-    base = Checkpoint.open(source)
-    return Old(base, layout_of(base))

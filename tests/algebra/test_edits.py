@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from portllm.algebra import edits, initialisation, lora
+from portllm.algebra import edits, initialisation, lora, sums
 
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 SLACK = 2.0**-44  # of float64: sums taken in another order
@@ -63,7 +63,7 @@ def problems(draw: st.DrawFn) -> Problem:
         return Problem(old[:1], lambda: edits.AddVector(step, scale), old[:1].double() + scale * step.double())
     a, b = tensor(rank, columns), tensor(rows, rank)
     new = old.double() + scale * b.double() @ a.double()
-    return Problem(old, lambda: lora.AddLora(lora.Block(lora.Update(a, b, scale))), new)
+    return Problem(old, lambda: sums.AddLora(sums.Block(sums.Update(a, b, scale))), new)
 
 
 def run(edit: edits.Edit, old: Tensor, cuts: list[int]) -> tuple[Tensor, float]:

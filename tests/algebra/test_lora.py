@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from portllm.algebra import lora
+from portllm.algebra import lora, sums
 from portllm.errors import ShapeError
 
 PRECISION = {torch.bfloat16: (8, -133), torch.float16: (11, -24), torch.float32: (24, -149)}  # digits, least exponent
@@ -111,7 +111,7 @@ def test_blocks_do_not_matter(heights: list[int], dtype: torch.dtype) -> None:
     rows = sum(heights)
     weight, a, b = torch.randn(rows, 9).to(dtype), torch.randn(2, 9), torch.randn(rows, 2)
     whole_result = lora.add_delta(weight, a, b, 0.3)
-    update, row = lora.Update(a, b, 0.3), 0
+    update, row = sums.Update(a, b, 0.3), 0
     for height in heights:
         out = torch.empty(height, 9, dtype=dtype)
         size = update.add_rows(weight[row : row + height], row, out)
@@ -124,7 +124,7 @@ def test_blocks_do_not_matter(heights: list[int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_size_tells_of_values_that_do_not_fit(dtype: torch.dtype, bad: float) -> None:
     a, b = torch.full((1, 3), bad), torch.full((2, 1), 1e10)
-    size = lora.Update(a, b, 1.0).add_rows(torch.ones(2, 3, dtype=dtype), 0, torch.empty(2, 3, dtype=dtype))
+    size = sums.Update(a, b, 1.0).add_rows(torch.ones(2, 3, dtype=dtype), 0, torch.empty(2, 3, dtype=dtype))
     assert not size <= torch.finfo(dtype).max
 
 
@@ -181,8 +181,8 @@ def test_blocks_of_one_tensor_each_get_their_own_update(data: st.DataObject, dty
             a, b = torch.randn(2, columns), torch.randn(rows, 2)
             block = (slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))
             expected[block] = lora.add_delta(old[block].contiguous(), a, b, 0.7)
-            blocks.append(lora.Block(lora.Update(a, b, 0.7), i * rows, j * columns))
-    edit, out = lora.AddLora(*reversed(blocks)), torch.empty_like(old)
+            blocks.append(sums.Block(sums.Update(a, b, 0.7), i * rows, j * columns))
+    edit, out = sums.AddLora(*reversed(blocks)), torch.empty_like(old)
     step = data.draw(st.integers(1, len(old)))
     for row in range(0, len(old), step):
         part = out[row : row + step]
@@ -193,15 +193,15 @@ def test_blocks_of_one_tensor_each_get_their_own_update(data: st.DataObject, dty
 
 
 def test_what_is_in_no_block_is_checked_too() -> None:
-    edit, out = lora.AddLora(lora.Block(lora.Update(torch.ones(1, 1), torch.ones(1, 1), 1.0))), torch.empty(2, 2)
+    edit, out = sums.AddLora(sums.Block(sums.Update(torch.ones(1, 1), torch.ones(1, 1), 1.0))), torch.empty(2, 2)
     old = torch.tensor([[1.0, 1.0], [1.0, math.nan]])
     assert math.isnan(edit.rows(old, 0, out, lora.Scratch(4)))
 
 
 @pytest.mark.parametrize(("row", "column", "fits"), [(0, 3, True), (2, 0, True), (1, 2, False), (0, 0, False)])
 def test_updates_of_the_same_weights_are_refused(row: int, column: int, fits: bool) -> None:
-    update = lora.Update(torch.ones(1, 3), torch.ones(2, 1), 1.0)
+    update = sums.Update(torch.ones(1, 3), torch.ones(2, 1), 1.0)
     with contextlib.nullcontext() if fits else pytest.raises(ShapeError, match="two updates of one tensor overlap"):
-        lora.AddLora(lora.Block(update), lora.Block(update, row, column))
+        sums.AddLora(sums.Block(update), sums.Block(update, row, column))
     with pytest.raises(ShapeError, match="update reaches column 4, the tensor has 3"):
-        lora.AddLora(lora.Block(update, 0, 1)).rows(torch.ones(2, 3), 0, torch.ones(2, 3), lora.Scratch(6))
+        sums.AddLora(sums.Block(update, 0, 1)).rows(torch.ones(2, 3), 0, torch.ones(2, 3), lora.Scratch(6))

@@ -22,20 +22,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from portllm.algebra import lora
+from portllm.algebra import lora, sums
 from portllm.algebra.edits import Edit, Plain, Replace
 from portllm.checkpoint import pieces, stream
 from portllm.checkpoint.fingerprint import identity
 from portllm.checkpoint.headers import Header, TensorEntry, read_header
+from portllm.checkpoint.placing import laid_out, nbytes, plain_file
 from portllm.checkpoint.targets import Target, TargetFile
 from portllm.checkpoint.writer import (
     Job,
     Meter,
     Written,
     copy_file,
-    laid_out,
-    nbytes,
-    plain_file,
     write_files,
     write_subset,
 )
@@ -45,7 +43,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def add(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> Callable[[], Edit]:
-    return lambda: lora.AddLora(lora.Block(lora.Update(a, b, scale)))
+    return lambda: sums.AddLora(sums.Block(sums.Update(a, b, scale)))
 
 
 def write(header: Header, out: Path, edits: dict[str, Callable[[], Edit]], known: Any = ()) -> Written:
