@@ -24,18 +24,40 @@ ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorpusParams:
+    """Text a release is made from: a name under `prepare.data`, a known corpus or a hub id; `rows` 0: all of them."""
+
+    source: str
+    revision: str | None = None
+    rows: int = 0
+    test_rows: int = 200
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrepareParams:
-    """Where datasets come from: the embedded world, or files in the hub's columns."""
+    """Where datasets come from: the embedded world, DATA/<name>/<split>.parquet|jsonl|csv, or the hub.
+
+    `train_rows`, `test_rows` and `documents` size the embedded world; `limit` (0: none) cuts real training splits;
+    `revisions` pins the hub's datasets by task; `corpora` says what each release reads.
+    """
 
     seed: int = 0
     train_rows: int = 2000
     test_rows: int = 480
     documents: int = 24000
+    data: str = "data/local"
+    limit: int = 0
+    revisions: Mapping[str, str] = field(default_factory=dict)
+    corpora: Mapping[str, CorpusParams] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimParams:
-    """One optimisation: AdamW with warm-up; `max_steps` 0: `epochs` decide; `threads` 0: as many as torch takes."""
+    """One optimisation: AdamW with warm-up; `max_steps` 0: `epochs` decide; `threads` 0: as many as torch takes.
+
+    `batch_size` rows make one step's batch, over all processes, times `gradient_accumulation`. `precision` auto: bf16
+    where a GPU has it, else fp32. `save_steps` 0: no checkpoint to resume from.
+    """
 
     learning_rate: float = 1e-4
     epochs: float = 10.0
@@ -51,6 +73,11 @@ class OptimParams:
     max_grad_norm: float = 1.0
     logging_steps: int = 10
     threads: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    gradient_checkpointing: bool = False
+    group_by_length: bool = False
+    save_steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +104,13 @@ class ArchitectureParams:
 
 @dataclass(frozen=True, kw_only=True)
 class FetchParams:
-    """v0: `world` pretrains it from scratch; anything else is a directory or hub-id[@revision]."""
+    """v0: `world` and `scratch` pretrain it, on the world's words or on `vocab_size` byte-pair tokens of the corpus.
+
+    Anything else is a directory or hub-id[@revision].
+    """
 
     source: str = "world"
+    vocab_size: int = 4096
     seed: int = 1234
     block_length: int = 64
     architecture: ArchitectureParams = field(default_factory=ArchitectureParams)
@@ -88,9 +119,10 @@ class FetchParams:
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseParams:
-    """How one release comes from the release before it."""
+    """How one release comes from the release before it: trained on its corpus, or `source`, a real release."""
 
     base: str
+    source: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +151,7 @@ class TrainParams:
 
     seed: int = 1234
     max_length: int = 256
+    quantization: Literal["none", "4bit"] = "none"
     lora: LoraParams = field(default_factory=LoraParams)
     optim: OptimParams = field(default_factory=OptimParams)
     per_task: Mapping[str, TaskOverrides] = field(default_factory=dict)
@@ -147,7 +180,10 @@ class PortParams:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateParams:
-    """LM Evaluation Harness settings; `limit` 0: every row; `threads` 0: as many as torch takes."""
+    """LM Evaluation Harness settings; `limit` 0: every row; `threads` 0: as many as torch takes.
+
+    `num_fewshot` -1: as many as the task's own definition says; `batch_size` 0: found automatically.
+    """
 
     seed: int = 1234
     num_fewshot: int = 0

@@ -1,8 +1,12 @@
 """The command line: one thin command per verb; nothing heavy is imported before a command runs.
 
 __init__.py   the group: options before the verb, the verbs in the order of the pipeline
-making.py     prepare, fetch, evolve, train, port
-judging.py    verify, evaluate, report, register, fingerprint, tasks
+data.py       prepare, tasks
+releases.py   fetch, evolve
+training.py   train
+porting.py    port
+scoring.py    evaluate
+judging.py    verify, report, register, fingerprint
 options.py    flags generated from the sections of params.py, and those all verbs share
 running.py    progress, tracking, cost and the JSON object, shared by every command
 lineage.py    what each verb read and wrote, for the tracker
@@ -13,7 +17,7 @@ from __future__ import annotations
 import click
 
 from portllm import __version__
-from portllm.cli import judging, making
+from portllm.cli import data, judging, porting, releases, scoring, training
 from portllm.cli.running import Settings, Verbs, hush
 
 
@@ -38,16 +42,16 @@ def main(ctx: click.Context, verbose: int, quiet: bool, track: bool | None) -> N
 
 
 for command in (
-    making.prepare,
-    making.fetch,
-    making.evolve,
-    making.train,
-    making.port,
+    data.prepare,
+    releases.fetch,
+    releases.evolve,
+    training.train,
+    porting.port,
     judging.verify,
-    judging.evaluate,
+    scoring.evaluate,
     judging.report,
     judging.register,
     judging.fingerprint,
-    judging.tasks,
+    data.tasks,
 ):
     main.add_command(command)

@@ -1,4 +1,4 @@
-"""The verbs that look at things: proofs, scores, the report, the registry, identity, the tasks known."""
+"""verify, report, register, fingerprint: proofs, tables, the registry, identity."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from portllm import params
-from portllm.cli.options import COMMA_LIST, DIRECTORY, FORCE, JSON, OUT, TRUST, apply, common, of_section
+from portllm.cli.options import DIRECTORY, FORCE, JSON, OUT, apply, common, of_section
 from portllm.cli.running import Common, answer, measured, stage
 
 if TYPE_CHECKING:
@@ -64,61 +64,6 @@ def verify(
         )  # fmt: skip
         running.finish(**of_verify(record))
     answer({**record.as_json(), **measured()}, as_json=as_json, line="\n".join(record.lines()))
-
-
-@click.command(short_help="Score a model and patches over it.")
-@click.argument("model")
-@click.option("--tasks", type=COMMA_LIST, help="Task names, parted by commas [default: `tasks` of --params].")
-@click.option(
-    "--patch", "patches", multiple=True, type=DIRECTORY, help="A patch or ported model, or a directory of them."
-)
-@click.option(
-    "--before", multiple=True, type=DIRECTORY, help="Models of an earlier release, asked what no patch is for."
-)
-@click.option(
-    "--data", type=DIRECTORY, default=Path("data"), show_default=True, help="Directory of DATA/<task>/<split>.parquet."
-)
-@click.option("--out", type=DIRECTORY, required=True, help="JSON file to write.")
-@click.option("--news", type=DIRECTORY, help="A release's corpus: are its facts known, is its text expected?")
-@click.option("--samples", type=DIRECTORY, help="Parquet file to write each example's answer to.")
-@TRUST
-@of_section("evaluate", params.EvaluateParams)
-@common
-def evaluate(
-    model: str,
-    tasks: list[str] | None,
-    news: Path | None,
-    patches: tuple[Path, ...],
-    before: tuple[Path, ...],
-    data: Path,
-    out: Path,
-    samples: Path | None,
-    trust_remote_code: bool,
-    opts: Common,
-    **flags: Any,
-) -> None:
-    """Score a model and patches over it with the LM Evaluation Harness; many patches, one loaded base.
-
-    \b
-    Examples:
-      portllm evaluate new-base --patch my-patch --patch ported --tasks boolq,sst2 --out scores.json
-      portllm evaluate models/releases/v1 --patch models/ported/v1 --tasks world_boolq --data data/tasks --out v1.json
-    """
-    from portllm.cli.lineage import of_evaluation
-    from portllm.lm.hub import resolve
-    from portllm.verbs import evaluate as verb
-
-    whole = params.load(opts.params_file)
-    section = apply(whole.evaluate, flags, where="evaluate")
-    with stage("evaluate", name=f"evaluate {out.stem}", section=section, opts=opts) as running:
-        result = verb.run(
-            model=resolve(model), tasks=tasks or whole.tasks, patches=patches, before=before, data=data, news=news,
-            out=out, samples=samples,
-            params=section, trust_remote_code=trust_remote_code, on_progress=running.part,
-        )  # fmt: skip
-        running.cost.update(release=out.stem)
-        running.finish(**of_evaluation(result, out))
-    answer(result.as_json(), as_json=opts.as_json, line="\n".join(result.lines()))
 
 
 @click.command(short_help="Tables and plots of all arms.")
@@ -216,19 +161,3 @@ def fingerprint(path: str, as_json: bool) -> None:
 
     digest = verb.run(path=resolve(path))
     answer({"path": path, "fingerprint": digest}, as_json=as_json, line=digest)
-
-
-@click.command(short_help="The tasks known.")
-@click.option("--all", "everything", is_flag=True, help="The harness's own tasks too (some seconds).")
-@JSON
-def tasks(everything: bool, as_json: bool) -> None:
-    """The tasks known: the embedded world's, and the LM Evaluation Harness's own.
-
-    \b
-    Example:
-      portllm tasks --all
-    """
-    from portllm.verbs import tasks as verb
-
-    names = verb.run(everything=everything)
-    answer({"tasks": names}, as_json=as_json, line="\n".join(names))

@@ -1,0 +1,67 @@
+"""evaluate: a model and patches over it, scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from portllm import params
+from portllm.cli.options import COMMA_LIST, DIRECTORY, TRUST, apply, common, of_section
+from portllm.cli.running import Common, answer, stage
+
+
+@click.command(short_help="Score a model and patches over it.")
+@click.argument("model")
+@click.option("--tasks", type=COMMA_LIST, help="Task names, parted by commas [default: `tasks` of --params].")
+@click.option(
+    "--patch", "patches", multiple=True, type=DIRECTORY, help="A patch or ported model, or a directory of them."
+)
+@click.option(
+    "--before", multiple=True, type=DIRECTORY, help="Models of an earlier release, asked what no patch is for."
+)
+@click.option(
+    "--data", type=DIRECTORY, default=Path("data"), show_default=True, help="Directory of DATA/<task>/<split>.parquet."
+)
+@click.option("--out", type=DIRECTORY, required=True, help="JSON file to write.")
+@click.option("--news", type=DIRECTORY, help="A release's corpus: are its facts known, is its text expected?")
+@click.option("--samples", type=DIRECTORY, help="Parquet file to write each example's answer to.")
+@TRUST
+@of_section("evaluate", params.EvaluateParams)
+@common
+def evaluate(
+    model: str,
+    tasks: list[str] | None,
+    news: Path | None,
+    patches: tuple[Path, ...],
+    before: tuple[Path, ...],
+    data: Path,
+    out: Path,
+    samples: Path | None,
+    trust_remote_code: bool,
+    opts: Common,
+    **flags: Any,
+) -> None:
+    """Score a model and patches over it with the LM Evaluation Harness; many patches, one loaded base.
+
+    \b
+    Examples:
+      portllm evaluate new-base --patch my-patch --patch ported --tasks boolq,sst2 --out scores.json
+      portllm evaluate models/releases/v1 --patch models/ported/v1 --tasks world_boolq --data data/tasks --out v1.json
+    """
+    from portllm.cli.lineage import of_evaluation
+    from portllm.lm.hub import resolve
+    from portllm.verbs import evaluate as verb
+
+    whole = params.load(opts.params_file)
+    section = apply(whole.evaluate, flags, where="evaluate")
+    with stage("evaluate", name=f"evaluate {out.stem}", section=section, opts=opts) as running:
+        result = verb.run(
+            model=resolve(model), tasks=tasks or whole.tasks, patches=patches, before=before, data=data, news=news,
+            out=out, samples=samples,
+            params=section, trust_remote_code=trust_remote_code, on_progress=running.part,
+        )  # fmt: skip
+        running.cost.update(release=out.stem)
+        running.finish(**of_evaluation(result, out))
+    answer(result.as_json(), as_json=opts.as_json, line="\n".join(result.lines()))
