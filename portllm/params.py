@@ -136,6 +136,13 @@ class EvolveParams:
     lora: LoraParams = field(default_factory=lambda: LoraParams(r=64, alpha=128))
     releases: Mapping[str, ReleaseParams] = field(default_factory=dict)
 
+    def recipe(self, release: str | None) -> ReleaseParams | None:
+        """How `release` comes to be; None for no name. Raises ParamsError for a name without a recipe."""
+        if release is not None and release not in self.releases:
+            known = _nearest(release, self.releases, "evolve.releases") if self.releases else "; pass --params FILE"
+            raise ParamsError(f"evolve.releases has no {release}{known}")
+        return None if release is None else self.releases[release]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOverrides:

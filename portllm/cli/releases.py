@@ -56,11 +56,12 @@ def fetch(
 @click.command(short_help="The next release, by continued pretraining.")
 @click.option("--base", required=True, help="The release before: a directory or hub-id[@revision].")
 @click.option("--corpus", type=DIRECTORY, required=True, help="Directory with train.parquet (column `text`).")
+@click.option("--release", help="Recipe to take of evolve.releases in params.yaml.")
 @OUT
 @FORCE
 @of_section("evolve", params.EvolveParams, skip=("releases",))
 @common
-def evolve(base: str, corpus: Path, out: Path, force: bool, opts: Common, **flags: Any) -> None:
+def evolve(base: str, corpus: Path, release: str | None, out: Path, force: bool, opts: Common, **flags: Any) -> None:
     """The next release by continued pretraining: full-weight, or LoRA merged into the weights.
 
     \b
@@ -73,6 +74,7 @@ def evolve(base: str, corpus: Path, out: Path, force: bool, opts: Common, **flag
     from portllm.verbs import evolve as verb
 
     section = apply(params.load(opts.params_file).evolve, flags, where="evolve")
+    section.recipe(release)
     with stage("evolve", name=f"evolve {out.name}", section=section, opts=opts) as running:
         record = verb.run(
             base=resolve(base), corpus=corpus, out=out, params=section, force=force,
