@@ -93,13 +93,19 @@ class LoraParams:
 
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureParams:
-    """Shape of the embedded world's Llama, pretrained from scratch as v0."""
+    """Shape of a Llama pretrained from scratch as v0: by default the embedded world's.
+
+    `kv_heads` 0: as many as heads. `max_positions` 0: as the tokenizer says; `scratch` takes the block length.
+    """
 
     hidden_size: int = 64
     intermediate_size: int = 256
     layers: int = 2
     heads: int = 4
+    kv_heads: int = 0
     initializer_range: float = 0.08
+    max_positions: int = 0
+    tie_word_embeddings: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

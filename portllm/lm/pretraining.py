@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from portllm.errors import DataError
 from portllm.lm import probe, training
+from portllm.lm.packing import pack, read_texts
 from portllm.lm.quiet import quieten
 from portllm.params import EvolveParams, FetchParams, OptimParams
 
@@ -42,6 +43,14 @@ class Release:
         tasks = dict.fromkeys(row["task"] for row in rows)
         pairs = {task: [(r["prompt"], r["answer"]) for r in rows if r["task"] == task] for task in tasks}
         return {task: probe.known(self.model, self.tokenizer, asked) for task, asked in pairs.items()}
+
+
+def own_tokenizer(corpus: Path, params: FetchParams) -> PreTrainedTokenizerBase:
+    """A byte-pair tokenizer learnt from the texts of `corpus`. Raises DataError and ParamsError."""
+    from portllm.lm.words import byte_pairs
+
+    longest = params.architecture.max_positions or params.block_length
+    return byte_pairs(read_texts(corpus / TRAIN), params.vocab_size, longest)
 
 
 def from_scratch(
@@ -120,9 +129,14 @@ def _fit(
     seed: int,
     told: OnMetrics,
 ) -> Release:
-    texts = [row["text"] for row in read_rows(corpus / TRAIN, ("text",))]
-    blocks = training.pack(tokenizer, texts, block_length)
+    blocks = pack(tokenizer, read_texts(corpus / TRAIN), block_length)
     history = training.fit(model, tokenizer, blocks, optim=optim, seed=seed, on_metrics=told)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    metrics = {**training.last_loss(history), "blocks": len(blocks), "trainable_parameters": trainable}
+    metrics = {
+        **training.last_loss(history),
+        "documents": blocks.documents,
+        "blocks": len(blocks),
+        "tokens_dropped": blocks.dropped,
+        "trainable_parameters": trainable,
+    }
     return Release(model, tokenizer, metrics)

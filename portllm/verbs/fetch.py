@@ -17,7 +17,7 @@ from portllm.lm.hub import resolve
 from portllm.params import FetchParams, as_tree
 from portllm.world import tokenizer
 
-WORLD = "world"
+WORLD, SCRATCH = "world", "scratch"
 
 
 def run(
@@ -31,15 +31,15 @@ def run(
 ) -> ReleaseRecord:
     """Write the release named by `params.source` to `out`. Raises DataError, CheckpointError and OutputError.
 
-    For `world`, a small Llama is pretrained from scratch on `corpus`/train.parquet, and asked what the
-    tasks ask about (the base probe) before any patch exists.
+    For `world` and `scratch`, a small Llama is pretrained from scratch on `corpus`/train.parquet, and asked what the
+    world's tasks ask about (the base probe) before any patch exists; `scratch` learns its tokenizer there too.
     """
-    if params.source != WORLD:
+    if params.source not in (WORLD, SCRATCH):
         return _copy(resolve(params.source), out, force)
     if corpus is None:
-        raise DataError("the embedded world's first release is pretrained; pass its corpus with --corpus DIR")
+        raise DataError(f"the first release of source {params.source} is pretrained; pass its corpus with --corpus DIR")
     with staged(out, force=force, inputs=(corpus,)) as folder:
-        words = tokenizer.build()
+        words = tokenizer.build() if params.source == WORLD else pretraining.own_tokenizer(corpus, params)
         made = pretraining.from_scratch(words, corpus, params, on_metrics=on_metrics, on_progress=on_progress)
         made.save(folder)
         record = ReleaseRecord(
