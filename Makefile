@@ -1,4 +1,5 @@
 # portllm: `make repro` rebuilds every result, `make test` runs the tests; both set up .venv first.
+# `make repro PROFILE=mistral-7b` runs the same dvc.yaml with profiles/mistral-7b.yaml, in workspaces/mistral-7b.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -7,6 +8,9 @@ BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
 SEEDS ?= 1 2
 PORT ?= 5000
+PROFILE ?=
+WORKSPACE := workspaces/$(PROFILE)
+THERE := $(if $(PROFILE),cd '$(WORKSPACE)' && )
 export PATH := $(BIN):$(PATH)
 
 help: ## list the targets
@@ -21,8 +25,27 @@ $(READY): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m compileall -q portllm  # forty short processes read it, some where Python may not write it
 	touch $@
 
-repro: $(READY) ## rebuild the whole experiment (dvc repro)
-	dvc repro
+repro: $(READY) ## rebuild the whole experiment (dvc repro); with PROFILE=NAME that of profiles/NAME.yaml
+	$(if $(PROFILE),@$(MAKE) --no-print-directory workspace doctor PROFILE='$(PROFILE)')
+	$(THERE)dvc repro
+
+doctor: $(READY) ## what the experiment needs, and whether this machine has it; with PROFILE=NAME a profile's
+	portllm doctor --params '$(if $(PROFILE),profiles/$(PROFILE),params).yaml'
+
+# A DVC project of its own beside the others, with its own lock, results and cache: the files it shares with this one
+# are links, so that there is one dvc.yaml, and the profile is its params.yaml.
+workspace: $(READY) ## make workspaces/NAME for PROFILE=NAME, where dvc and portllm then work as they do here
+	@test -n '$(PROFILE)' -a -f 'profiles/$(PROFILE).yaml' || { \
+	  echo "profiles/$(PROFILE).yaml is not there; expected PROFILE=one of:" $(basename $(notdir $(wildcard profiles/*.yaml))); exit 1; }
+	@mkdir -p '$(WORKSPACE)/.dvc' '$(WORKSPACE)/data' data/local
+	@ln -sfn ../../dvc.yaml '$(WORKSPACE)/dvc.yaml'
+	@ln -sfn '../../profiles/$(PROFILE).yaml' '$(WORKSPACE)/params.yaml'
+	@ln -sfn ../../portllm '$(WORKSPACE)/portllm'
+	@ln -sfn ../../.dvcignore '$(WORKSPACE)/.dvcignore'
+	@ln -sfn ../../../data/local '$(WORKSPACE)/data/local'
+	@ln -sfn ../../../.dvc/plots '$(WORKSPACE)/.dvc/plots'
+	@cp -n .dvc/.gitignore .dvc/config '$(WORKSPACE)/.dvc/'
+	@cd '$(WORKSPACE)' && dvc config cache.type reflink,hardlink,copy  # large files are not kept twice
 
 test: $(READY) ## run the tests
 	HF_HUB_OFFLINE=1 pytest
@@ -40,7 +63,7 @@ seeds: $(READY) ## repeat the experiment with other seeds: make seeds SEEDS="1 2
 
 ui: $(READY) ## browse the runs and the registered models in MLflow
 	@echo "open http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning"
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
+	$(THERE)MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
 	  mlflow ui --port $(PORT) --workers 1 --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 
 constraints: $(READY) ## write constraints.txt from what .venv holds
@@ -51,4 +74,4 @@ clean: ## remove caches and what make setup made (results and DVC's cache stay)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup repro test check seeds ui constraints clean
+.PHONY: help setup repro doctor workspace test check seeds ui constraints clean
