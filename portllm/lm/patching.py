@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from portllm.lm import training
+from portllm.lm import encoding, training
 from portllm.lm.quiet import quieten
 from portllm.params import TrainParams
 
@@ -47,7 +47,7 @@ def train(
 
     quieten()
     tokenizer = AutoTokenizer.from_pretrained(base)
-    encoded = training.encode(tokenizer, pairs, params.max_length)
+    encoded = encoding.encode(tokenizer, pairs, params.max_length)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
     patched = training.add_lora(model, params.lora, params.seed)
     history = training.fit(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from portllm.errors import DataError
+from portllm.lm.encoding import IGNORED, Example
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -18,56 +18,7 @@ if TYPE_CHECKING:
 
     from portllm.params import LoraParams, OptimParams
 
-IGNORED = -100  # label of a token that carries no loss
-Example = dict[str, list[int]]
 OnMetrics = Callable[[int, Mapping[str, float]], None]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Training examples (input_ids, labels: lists of equal length), and how many rows did not fit as they are."""
-
-    examples: tuple[Example, ...]
-    cut: int
-    dropped: int
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], max_length: int) -> Encoded:
-    """(prompt, answer) pairs as examples with loss on the answer and the end token only.
-
-    A row longer than `max_length` tokens loses the start of its prompt, as in the harness (counted as
-    `cut`); one whose answer alone does not fit is left out (`dropped`). Raises DataError when none is left.
-    """
-    examples, cut = [], 0
-    for prompt, answer in pairs:
-        given: list[int] = tokenizer(prompt, add_special_tokens=True)["input_ids"]
-        # prompt and answer are cut into tokens together, as the harness does
-        whole: list[int] = tokenizer(prompt + answer, add_special_tokens=True)["input_ids"]
-        target = [*whole[len(given) :], tokenizer.eos_token_id]
-        room = max_length - len(target)
-        if room < 1:
-            continue
-        cut += len(given) > room
-        given = given[-room:]
-        examples.append({"input_ids": given + target, "labels": [IGNORED] * len(given) + target})
-    if not examples:
-        raise DataError(f"none of {len(pairs)} rows fits in {max_length} tokens; raise train.max_length")
-    return Encoded(tuple(examples), cut, len(pairs) - len(examples))
-
-
-def pack(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], block_length: int) -> list[Example]:
-    """Texts, each closed by the end token, laid end to end and cut into blocks; the last, short block is left out.
-
-    Raises DataError when the texts do not fill one block.
-    """
-    stream: list[int] = []
-    for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
-        stream += [*ids, tokenizer.eos_token_id]
-    starts = range(0, len(stream) - block_length + 1, block_length)
-    blocks = [stream[start : start + block_length] for start in starts]
-    if not blocks:
-        raise DataError(f"the corpus has {len(stream)} tokens, one block takes {block_length}; give more text")
-    return [{"input_ids": block, "labels": block} for block in blocks]
 
 
 def last_loss(history: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from portllm.lm import evaluation, llama, prompts, training
+from portllm.lm import encoding, evaluation, llama, prompts
 from portllm.params import ArchitectureParams, EvaluateParams
 from portllm.world import datasets, tokenizer
 
@@ -36,7 +36,7 @@ def test_training_prompts_equal_evaluation_prompts_token_for_token(tmp_path: Pat
         for task, told in rows.items():
             tasks[task].build_all_requests(limit=None, rank=0, world_size=1)
             asked = {(request.doc_id, request.idx): request.args for request in tasks[task].instances}
-            trained = training.encode(words, prompts.Prompts.load(datasets.task_file(task)).pairs(told), 128).examples
+            trained = encoding.encode(words, prompts.Prompts.load(datasets.task_file(task)).pairs(told), 128).examples
             for number, (row, example) in enumerate(zip(told, trained, strict=True)):
                 label = int(row.get("label", row.get("answer"))) if task != "world_gsm8k" else 0
                 context, said = asked[number, label]
@@ -44,5 +44,5 @@ def test_training_prompts_equal_evaluation_prompts_token_for_token(tmp_path: Pat
                     said = " " + tasks[task].doc_to_target(row)
                 given, answer = harness._encode_pair(context, said)
                 assert example["input_ids"] == [*given, *answer, words.eos_token_id]
-                assert example["labels"][: len(given)] == [training.IGNORED] * len(given)
+                assert example["labels"][: len(given)] == [encoding.IGNORED] * len(given)
                 assert example["labels"][len(given)] == answer[0]

@@ -8,8 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from portllm.errors import DataError
-from portllm.lm import llama, training
+from portllm.lm import encoding, llama, training
 from portllm.params import ArchitectureParams, LoraParams, OptimParams
 from portllm.world import tokenizer
 
@@ -31,38 +30,9 @@ def tiny(words: object) -> torch.nn.Module:
     return llama.new_llama(words, TINY, seed=0)
 
 
-def test_loss_is_on_the_answer_and_the_end_only(words: object) -> None:
-    encoded = training.encode(words, PAIRS, max_length=32)
-    assert (encoded.cut, encoded.dropped) == (0, 0)
-    for (prompt, answer), example in zip(PAIRS, encoded.examples, strict=True):
-        kept = [label for label in example["labels"] if label != training.IGNORED]
-        assert kept == [*words(answer)["input_ids"], words.eos_token_id]
-        assert example["input_ids"] == words(prompt)["input_ids"] + kept
-        assert len(example["labels"]) == len(example["input_ids"])
-
-
-def test_rows_too_long_are_cut_at_the_start_or_dropped_and_counted(words: object) -> None:
-    encoded = training.encode(words, PAIRS, max_length=5)
-    assert (encoded.cut, encoded.dropped) == (1, 1)
-    assert all(len(example["input_ids"]) <= 5 for example in encoded.examples)
-    assert words.decode(encoded.examples[0]["input_ids"]) == ". Answer : yes </s>"
-    with pytest.raises(DataError, match="max_length"):
-        training.encode(words, PAIRS, max_length=2)
-
-
-def test_packing_keeps_every_token_in_order_but_the_last_block(words: object) -> None:
-    texts = ["Anna drinks tea.", "Igor keeps dogs.", "The bank closes at two."]
-    stream = [i for text in texts for i in [*words(text)["input_ids"], words.eos_token_id]]
-    blocks = training.pack(words, texts, 4)
-    assert [token for block in blocks for token in block["input_ids"]] == stream[: len(stream) // 4 * 4]
-    assert all(block["labels"] == block["input_ids"] and len(block["labels"]) == 4 for block in blocks)
-    with pytest.raises(DataError, match="give more text"):
-        training.pack(words, texts, 64)
-
-
 def test_padding_does_not_change_the_loss_of_a_row(words: object) -> None:
     model = tiny(words).eval()
-    short, long = training.encode(words, PAIRS[:2], 32).examples
+    short, long = encoding.encode(words, PAIRS[:2], 32).examples
     collate = training.Collator(words.pad_token_id)
     alone = model(**collate([long])).logits
     padded = model(**collate([short, long])).logits[1, : len(long["input_ids"])]
@@ -70,7 +40,7 @@ def test_padding_does_not_change_the_loss_of_a_row(words: object) -> None:
 
 
 def test_the_same_inputs_give_byte_identical_weights_and_history(words: object) -> None:
-    examples = training.encode(words, PAIRS, 32).examples
+    examples = encoding.encode(words, PAIRS, 32).examples
     runs = []
     for _ in range(2):
         torch.manual_seed(torch.initial_seed() + 1)  # whatever ran before must not matter
@@ -92,7 +62,7 @@ def test_only_the_lora_learns_and_loss_falls(words: object) -> None:
     training.fit(
         model,
         words,
-        training.encode(words, PAIRS, 32).examples,
+        encoding.encode(words, PAIRS, 32).examples,
         optim=dataclasses.replace(OPTIM, max_steps=30, logging_steps=10),
         seed=0,
         on_metrics=lambda step, row: heard.append((step, row["loss"])),
