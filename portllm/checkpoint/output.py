@@ -4,6 +4,9 @@ Beside OUT there may be, for a while or after a kill, and until the next run tha
     .NAME.partial    what is being written; locked, so that two runs never mix
     .NAME.replaced   the OUT that was there before, whole; put back where OUT itself is not there
     .NAME.discarded  what is being deleted, no longer whole
+    .NAME.kept       what the next run of the same work goes on from (see `kept`)
+
+Of several processes on one job the main one writes; what the others write goes to a directory that is thrown away.
 """
 
 from __future__ import annotations
@@ -19,33 +22,53 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from portllm import processes
 from portllm.errors import OutputError
 
 STALE_SECONDS = 24 * 3600
 
 
 @contextlib.contextmanager
-def staged(out: Path, *, force: bool = False, inputs: Sequence[Path] = ()) -> Iterator[Path]:
+def staged(
+    out: Path, *, force: bool = False, inputs: Sequence[Path] = (), key: str | None = None
+) -> Iterator[Path]:
     """A directory beside `out` to write into; it becomes `out` when the block ends without error.
+
+    With a `key`, which names the work, the block may fill `kept(out, key)`: that outlives a kill or Ctrl-C, so that the
+    next run under the same key goes on from there; any other ending of a run removes it.
 
     Raises OutputError when `out` is one of `inputs` or lies in one of them, when it exists and is
     not empty (unless `force`), when another process is writing it, or when the disk refuses.
     """
+    if not processes.is_main():
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
     refuse(out, force=force, inputs=inputs)
     partial = _beside(out, "partial")
     with _refusals_of_the_disk(out), _parents(out.parent), _locked(partial, out):
         _empty(partial)
         _recover(out)
         refuse(out, force=force, inputs=inputs)  # what was recovered counts as there
-        yield partial
-        sync_tree(partial)
-        refuse(out, force=force, inputs=inputs)
-        _replace(partial, out)
+        with _keeping(out, key):
+            yield partial
+            sync_tree(partial)
+            refuse(out, force=force, inputs=inputs)
+            _replace(partial, out)
+
+
+def kept(out: Path, key: str) -> Path:
+    """Where the work named `key` on `out` may keep what its next run goes on from; make it and fill it in `staged`."""
+    return _beside(out, "kept") / key
 
 
 @contextlib.contextmanager
 def staged_file(out: Path) -> Iterator[Path]:
     """A path beside `out` to write one file to; it replaces `out` when the block ends without error."""
+    if not processes.is_main():
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / out.name
+        return
     out.parent.mkdir(parents=True, exist_ok=True)
     _sweep(out)
     handle, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
@@ -59,6 +82,23 @@ def staged_file(out: Path) -> Iterator[Path]:
     finally:
         partial.unlink(missing_ok=True)
     sync_directory(out.parent)
+
+
+@contextlib.contextmanager
+def _keeping(out: Path, key: str | None) -> Iterator[None]:
+    """Remove what was kept of other work now, and all of it in the end, unless the run is stopped from outside."""
+    place = _beside(out, "kept")
+    if key is None:
+        shutil.rmtree(place, ignore_errors=True)
+    for other in place.iterdir() if place.is_dir() and not place.is_symlink() else ():
+        if other.name != key:
+            shutil.rmtree(other, ignore_errors=True)
+    try:
+        yield
+    except Exception:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def _sweep(out: Path) -> None:
