@@ -1,0 +1,136 @@
+"""What the harness asks of a row, and the answer that is right: its own task object tells both."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from portllm.errors import DataError, EvaluationError
+from portllm.lm.encoding import Generated, Pair
+from portllm.lm.quiet import quieten
+
+
+def build(config: Mapping[str, Any], *, name: str) -> Any:
+    """The harness's task object of a whole configuration. Raises DataError when its data do not fit it."""
+    import datasets
+    from jinja2 import TemplateError
+    from lm_eval.tasks import TaskManager
+
+    quieten()
+    datasets.disable_progress_bars()
+    _remember_templates()
+    manager = TaskManager(include_defaults=False)
+    try:
+        return manager.load([dict(config)])["tasks"][name]
+    except (KeyError, IndexError, TemplateError, TypeError, AssertionError) as error:
+        raise DataError(f"{name}: its definition and its data do not fit: {_reason(error)}") from error
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise DataError(f"{name}: its data cannot be read: {_reason(error)}") from error
+
+
+def pairs(task: Any, *, name: str, split: str) -> Iterator[Pair]:
+    """(context, right continuation) of every row of the task's training split, without examples in the prompt.
+
+    Raises DataError naming the row, EvaluationError for a kind of task that has no text to train on.
+    """
+    from jinja2 import TemplateError
+
+    if task.config.doc_to_image or task.config.doc_to_audio:
+        raise EvaluationError(f"{name}: asks about images or sound; portllm trains on text")
+    right = _KINDS.get(task.OUTPUT_TYPE)
+    if right is None:
+        raise EvaluationError(
+            f"{name}: a task of the kind {task.OUTPUT_TYPE} has no answer to train on; expected {', '.join(_KINDS)}"
+        )
+    for number, row in enumerate(task.training_docs()):
+        try:
+            yield right(task, row)
+        except DataError as error:
+            raise DataError(f"{name}: row {number} of {split}: {error}") from error
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError, AssertionError, TemplateError) as error:
+            columns = ", ".join(map(str, row))
+            reason = f"the task's definition does not fit it ({_reason(error)}); its columns are {columns}"
+            raise DataError(f"{name}: row {number} of {split}: {reason}") from error
+
+
+def _requests(task: Any, row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+    """(the context without examples, the arguments of every request the harness makes of the row)."""
+    context = task.fewshot_context(row, num_fewshot=0, gen_prefix=task.doc_to_prefix(row))
+    made = task.construct_requests(doc=row, ctx=context, metadata=(task.task_name, 0, 1))
+    return context, [one.args for one in (made if isinstance(made, list) else [made])]
+
+
+def _compared(task: Any, row: Mapping[str, Any]) -> Pair:
+    """The one request of a row whose answer's likelihood is asked."""
+    _, ((context, continuation),) = _requests(task, row)
+    return _text(context, "question"), _text(continuation, "answer")
+
+
+def _chosen(task: Any, row: Mapping[str, Any]) -> Pair:
+    """The request of the right choice; with several inputs (winogrande) the choice is in the context."""
+    choices = task.doc_to_choice(row)
+    gold = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
+    _, asked = _requests(task, row)
+    context, continuation = asked[_index(gold, choices)]
+    return _text(context, "question"), _text(continuation, "answer")
+
+
+def _generated(task: Any, row: Mapping[str, Any]) -> Pair:
+    """The request's context, and what an example in a few-shot prompt has after the same question."""
+    (context, *_), *_ = _requests(task, row)[1]
+    target = task.doc_to_target(row)
+    choices = task.doc_to_choice(row) if task.config.doc_to_choice is not None else None
+    if choices is not None:
+        target = choices[_index(target, choices)]
+    if isinstance(target, (list, tuple)):
+        raise DataError(f"has {len(target)} right answers, one is trained on; this task cannot be trained on")
+    prefix = task.doc_to_prefix(row)
+    turn = functools.partial(
+        task.build_qa_turn, q=task.doc_to_text(row), gen_prefix=prefix, tgt_delim=task.config.target_delimiter
+    )
+    open_, whole = (
+        "".join(message.to_text() for message in turn(a=answer, few_delim="")) for answer in (None, str(target))
+    )
+    return Generated((_text(context, "question"), whole[len(open_) :]))
+
+
+_KINDS = {"loglikelihood": _compared, "multiple_choice": _chosen, "generate_until": _generated}
+
+
+def _index(gold: Any, choices: Any) -> int:
+    """The right choice's place. Raises DataError for what the harness would count as no right answer."""
+    if isinstance(gold, str):
+        if gold not in choices:
+            raise DataError(f"answer {gold!r:.60} is not among the choices {choices!r:.200}")
+        return int(choices.index(gold))
+    if isinstance(gold, (list, tuple)):
+        raise DataError(f"has {len(gold)} right answers, one is trained on; this task cannot be trained on")
+    if not isinstance(gold, int) or not 0 <= gold < len(choices):
+        hint = " (-1 hides a label)" if gold == -1 else ""
+        raise DataError(
+            f"label {gold!r:.60}{hint} is out of range, expected 0 to {len(choices) - 1} for {choices!r:.200}"
+        )
+    return int(gold)
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"its {what} is no text but {value!r:.60}")
+    return value
+
+
+def _remember_templates() -> None:
+    """Have the harness compile each of its templates once, not once a row: the same text in a tenth of the time."""
+    from lm_eval import utils
+
+    if not hasattr(utils.env.from_string, "cache_info"):
+        utils.env.from_string = functools.lru_cache(maxsize=256)(utils.env.from_string)
+
+
+def _reason(error: BaseException) -> str:
+    """An error of a library in one line, the cause before what was raised from it."""
+    cause = error.__cause__ or error
+    if isinstance(cause, KeyError):
+        return f"no column {cause}"
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]

@@ -1,0 +1,114 @@
+"""The LM Evaluation Harness's own task definitions, found by name without reading all of them.
+
+The harness's index parses some 14,000 files (18 s here); one definition is found by its `task:` line in about one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from portllm.errors import EvaluationError
+
+_NAME = re.compile(rb"^[\"']?task[\"']?:[ \t]*[\"']?([^\s\"'#\[\]{}]+)[\"']?[ \t]*(?:#.*)?\r?$", re.MULTILINE)
+_FIELD = r"^[\"']?{field}[\"']?:[ \t]*[\"']?([^\s\"'#]+)[\"']?"
+SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+_CHAIN = 8  # files that include files: none in the harness is longer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """A task as a list shows it."""
+
+    task: str
+    output_type: str
+    trainable: bool
+
+
+def definition(name: str) -> dict[str, Any]:
+    """The harness's configuration of the task `name`, its includes and functions resolved. Raises EvaluationError."""
+    path = find(name)
+    if path is None:
+        near = difflib.get_close_matches(name, (n for n, _ in names()), n=1, cutoff=0.8)
+        hint = (
+            f"did you mean {near[0]}?" if near else "see `portllm tasks --all`; of a group, name its tasks one by one"
+        )
+        raise EvaluationError(f"{name}: no such task in the LM Evaluation Harness nor in the embedded world; {hint}")
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config: dict[str, Any] = load_yaml(path)
+    if "class" in config:
+        raise EvaluationError(
+            f"{name}: the harness defines it in code, which reads its own data; expected a task defined by a template"
+        )
+    for key in ("tag", "group", "task_list"):
+        config.pop(key, None)
+    return config
+
+
+def find(name: str) -> Path | None:
+    """The harness's file that defines the task `name`; None where there is none."""
+    files = list(_files())
+    # most tasks live in a folder or file of their name
+    files.sort(key=lambda path: not any(part and part in path.as_posix() for part in (name, name.partition("_")[0])))
+    wanted = name.encode()
+    return next((path for path in files if wanted in _NAME.findall(path.read_bytes())), None)
+
+
+def names() -> Iterator[tuple[str, Path]]:
+    """Every task of the harness with the file that defines it."""
+    for path in _files():
+        for found in _NAME.findall(path.read_bytes()):
+            yield found.decode("utf-8", "replace"), path
+
+
+def listing() -> list[Listed]:
+    """Every task of the harness, sorted by name, as its files say; tasks defined in code say nothing of themselves."""
+    listed = []
+    for name, path in names():
+        kind = _field("output_type", path) or "generate_until"
+        split = _field("training_split", path)
+        listed.append(Listed(task=name, output_type=kind, trainable=split not in (None, "null", "~")))
+    return sorted(listed, key=lambda one: one.task)
+
+
+def splits(config: Mapping[str, Any]) -> dict[str, str]:
+    """The splits a definition names, by the field that names them."""
+    named = {field: config[field] for field in SPLITS if config.get(field)}
+    few = config.get("fewshot_config")
+    if isinstance(few, Mapping) and few.get("split"):
+        named["fewshot_split"] = str(few["split"])
+    return named
+
+
+def asked_split(config: Mapping[str, Any]) -> str:
+    """The split a task is evaluated on: its test split, else its validation split. Raises EvaluationError."""
+    split = config.get("test_split") or config.get("validation_split")
+    if not split:
+        raise EvaluationError(f"{config.get('task')}: its definition names no test or validation split to evaluate on")
+    return str(split)
+
+
+def _field(field: str, path: Path, depth: int = 0) -> str | None:
+    """A plain field of a task file, or of the file it includes."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if found := re.search(_FIELD.format(field=field), text, re.MULTILINE):
+        return found[1]
+    included = re.search(_FIELD.format(field="include"), text, re.MULTILINE)
+    if included is None or depth == _CHAIN or not (path.parent / included[1]).is_file():
+        return None
+    return _field(field, path.parent / included[1], depth + 1)
+
+
+def _files() -> Iterator[Path]:
+    # where lm_eval is, without importing it
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise EvaluationError("the LM Evaluation Harness is not installed; install it with `pip install lm-eval[hf]`")
+    root = Path(spec.submodule_search_locations[0]) / "tasks"
+    return iter(sorted(root.rglob("*.yaml"), key=lambda path: path.as_posix()))
