@@ -24,9 +24,9 @@ def build(config: Mapping[str, Any], *, name: str) -> Any:
     try:
         return manager.load([dict(config)])["tasks"][name]
     except (KeyError, IndexError, TemplateError, TypeError, AssertionError) as error:
-        raise DataError(f"{name}: its definition and its data do not fit: {_reason(error)}") from error
+        raise DataError(f"{name}: its definition and its data do not fit: {reason(error)}") from error
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise DataError(f"{name}: its data cannot be read: {_reason(error)}") from error
+        raise DataError(f"{name}: its data cannot be read: {reason(error)}") from error
 
 
 def pairs(task: Any, *, name: str, split: str) -> Iterator[Pair]:
@@ -50,8 +50,8 @@ def pairs(task: Any, *, name: str, split: str) -> Iterator[Pair]:
             raise DataError(f"{name}: row {number} of {split}: {error}") from error
         except (KeyError, IndexError, ValueError, TypeError, AttributeError, AssertionError, TemplateError) as error:
             columns = ", ".join(map(str, row))
-            reason = f"the task's definition does not fit it ({_reason(error)}); its columns are {columns}"
-            raise DataError(f"{name}: row {number} of {split}: {reason}") from error
+            told = f"the task's definition does not fit it ({reason(error)}); its columns are {columns}"
+            raise DataError(f"{name}: row {number} of {split}: {told}") from error
 
 
 def _requests(task: Any, row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
@@ -128,7 +128,7 @@ def _remember_templates() -> None:
         utils.env.from_string = functools.lru_cache(maxsize=256)(utils.env.from_string)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """An error of a library in one line, the cause before what was raised from it."""
     cause = error.__cause__ or error
     if isinstance(cause, KeyError):

@@ -32,7 +32,7 @@ def spec(name: str, data: Path | None, tokenizer: PreTrainedTokenizerBase | None
     its template. Raises EvaluationError and DataError.
     """
     if name in datasets.TASKS:
-        return _on_files(_world(name), _world_files(name, data), name=name)
+        return on_files(_world(name), _world_files(name, data), name=name)
     folder = None if data is None else data / name
     if folder is None or not folder.is_dir():
         return name
@@ -44,7 +44,7 @@ def spec(name: str, data: Path | None, tokenizer: PreTrainedTokenizerBase | None
         raise DataError(
             f"{folder}: has no {asked}.parquet, on which {name} is evaluated; make it with `portllm prepare`"
         )
-    return _on_files(_with_splits(config, named, files), files, name=name)
+    return on_files(_with_splits(config, named, files), files, name=name)
 
 
 def training_pairs(name: str, data: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Pair]:
@@ -102,7 +102,7 @@ def _on_one_split(config: Mapping[str, Any], file: Path, *, name: str) -> dict[s
     # without examples in the prompt, where they come from is of no consequence
     few = {"fewshot_split": split, "fewshot_config": None}
     only = {"training_split": split, "validation_split": split, "test_split": None, **few}
-    return _on_files({**config, **only}, {split: file}, name=name)
+    return on_files({**config, **only}, {split: file}, name=name)
 
 
 def _with_splits(config: Mapping[str, Any], named: Mapping[str, str], files: Mapping[str, Path]) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def _with_splits(config: Mapping[str, Any], named: Mapping[str, str], files: Map
     return {**config, **absent}
 
 
-def _on_files(config: Mapping[str, Any], files: Mapping[str, Path], *, name: str) -> dict[str, Any]:
+def on_files(config: Mapping[str, Any], files: Mapping[str, Path], *, name: str) -> dict[str, Any]:
     """`config`, named `name`, reading the file of each split instead of the hub. Raises EvaluationError."""
     for path in files.values():
         if not path.is_file():
