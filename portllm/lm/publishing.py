@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from portllm.checkpoint.provenance import is_hub_name
 from portllm.errors import HubError, ParamsError
+from portllm.lm.refusals import api, chain, line, of_the_network, scrubbed
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -56,7 +57,7 @@ class Destination:
         if self.revision is not None and (not REVISION.fullmatch(self.revision) or ".." in self.revision):
             raise ParamsError(f"--revision: expected the name of a branch, found {self.revision[:200]!r}")
         with self._reasons("nothing was ported; mend this, or leave out --push-to-hub"):
-            token = (_api().whoami().get("auth") or {}).get("accessToken") or {}
+            token = (api().whoami().get("auth") or {}).get("accessToken") or {}
         if token.get("role") == "read":
             raise HubError(
                 f"{self.repo}: the hub's token can only read, expected one that can write; "
@@ -71,19 +72,19 @@ class Destination:
         flags = [*(["--revision", self.revision] if self.revision else []), *(["--private"] if self.private else [])]
         command = shlex.join(["hf", "upload", self.repo, str(folder), ".", *flags])
         with self._reasons(f"{folder} is complete: to push it, run the same command again, or {command}"):
-            api = _api()
-            repo = api.create_repo(self.repo, private=self.private or None, exist_ok=True).repo_id
+            hub = api()
+            repo = hub.create_repo(self.repo, private=self.private or None, exist_ok=True).repo_id
             branch = self.revision or "main"
-            self._check_private(api, repo)
+            self._check_private(hub, repo)
             if branch != "main" and not branch.startswith("refs/"):
-                api.create_branch(repo, branch=branch, exist_ok=True)
-            self._check_strangers(api, repo, branch, files)
-            done = api.upload_folder(
+                hub.create_branch(repo, branch=branch, exist_ok=True)
+            self._check_strangers(hub, repo, branch, files)
+            done = hub.upload_folder(
                 repo_id=repo, folder_path=folder, revision=branch, commit_message="Port by portllm",
                 allow_patterns=[glob.escape(name) for name in files],
             )  # fmt: skip
-            _check_arrived(api, repo, branch, folder, files)
-            return Pushed(repo, branch, str(done.oid), f"{api.endpoint}/{repo}")
+            _check_arrived(hub, repo, branch, folder, files)
+            return Pushed(repo, branch, str(done.oid), f"{hub.endpoint}/{repo}")
 
     def _check_private(self, api: HfApi, repo: str) -> None:
         if self.private and not api.model_info(repo).private:
@@ -110,15 +111,7 @@ class Destination:
             raise HubError(f"{error}; {hint}") from error
         except Exception as error:
             # the hub's library raises its own, its HTTP library's and plain errors; the port must survive them all
-            raise HubError(f"{self.repo}: {_scrubbed(_reason(error))}; {hint}") from error
-
-
-def _api() -> HfApi:
-    from huggingface_hub import HfApi
-
-    from portllm import __version__
-
-    return HfApi(library_name="portllm", library_version=__version__)
+            raise HubError(f"{self.repo}: {scrubbed(_reason(error))}; {hint}") from error
 
 
 def _check_arrived(api: HfApi, repo: str, branch: str, folder: Path, files: Mapping[str, str]) -> None:
@@ -146,19 +139,19 @@ def _reason(error: BaseException) -> str:
     """What went wrong, in one line: the innermost answer of the hub, else the library's own words."""
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    chain = list(_chain(error))
+    links = list(chain(error))
     if type(error) is ValueError:  # what the library finds wrong itself, with the hub's reasons put together
-        return f"the hub did not take it ({_line(str(error))})"
-    for link in chain:
+        return f"the hub did not take it ({line(str(error))})"
+    for link in links:
         if isinstance(link, OfflineModeIsEnabled):
             return "the hub is switched off on this machine (HF_HUB_OFFLINE), expected to reach it; unset that"
         if isinstance(link, LocalTokenNotFoundError):
             return "no token of the hub was found; log in with `hf auth login`, or set HF_TOKEN"
         if isinstance(link, HfHubHTTPError):
             return _answered(link.response.status_code, link.server_message)
-    if any(type(link).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests") for link in chain):
-        return f"the hub cannot be reached ({_line(str(chain[-1])) or type(error).__name__})"
-    return f"the hub did not take it ({_line(str(error)) or type(error).__name__})"
+    if of_the_network(error):
+        return f"the hub cannot be reached ({line(str(links[-1])) or type(error).__name__})"
+    return f"the hub did not take it ({line(str(error)) or type(error).__name__})"
 
 
 def _answered(status: int, said: str | None) -> str:
@@ -168,23 +161,4 @@ def _answered(status: int, said: str | None) -> str:
         404: "the hub has no such repository or branch that you can see",
         429: "the hub asks to wait; try again later",
     }.get(status, "the hub failed; try again later" if status >= 500 else "the hub refused")
-    return f"{meaning} (HTTP {status}{': ' + _line(said) if said else ''})"
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _line(text: str) -> str:
-    words = " ".join(text.split())
-    return words if len(words) <= 200 else words[:197] + "..."
-
-
-def _scrubbed(text: str) -> str:
-    """`text` without the token, should the hub have echoed it."""
-    from huggingface_hub import get_token
-
-    token = get_token()
-    return text.replace(token, "<token>") if token else text
+    return f"{meaning} (HTTP {status}{': ' + line(said) if said else ''})"
