@@ -14,6 +14,7 @@
     ├── VerificationError         a ported directory is not what its port.json says, or not what base and patch make
     ├── HubError                  the hub cannot be reached, refuses, or its answer makes no sense
     ├── EvaluationError           a task or a metric is not what the harness needs
+    ├── MachineError              the machine lacks what was asked for: memory, a GPU, a library, another process
     └── TrackingError             the tracking store or the model registry refuses
 
 The message says what, what was expected, what was found, and the next step.
@@ -84,6 +85,10 @@ class HubError(PortllmError):
 
 class EvaluationError(PortllmError):
     """A task, a metric or a model is not what the evaluation harness needs."""
+
+
+class MachineError(PortllmError):
+    """The machine lacks what was asked for: memory, a GPU, an optional library, another process of the same job."""
 
 
 class TrackingError(PortllmError):

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from portllm.lm import encoding, training
+from portllm.lm import encoding, loading, training
 from portllm.lm.quiet import quieten
 from portllm.params import TrainParams
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
 
 CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class TrainedPatch:
-    """A patch just trained, in memory, with its curve and what became of its rows."""
+    """A patch just trained, in memory, with its curve, what became of its rows, and what training cost."""
 
     model: PeftModel
     history: Sequence[Mapping[str, float]]
     metrics: Mapping[str, float]
+    cost: Mapping[str, float]
+    weights: Mapping[str, Tensor] | None = None
 
     def save(self, folder: Path, *, base_name: str) -> None:
         """Write adapter_config.json and adapter_model.safetensors, naming the base without a machine's path."""
-        self.model.save_pretrained(str(folder))
+        self.model.save_pretrained(str(folder), state_dict=self.weights)
         path = folder / CONFIG
         config = json.loads(path.read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = base_name
@@ -40,24 +43,34 @@ class TrainedPatch:
 
 
 def train(
-    base: Path, pairs: Sequence[tuple[str, str]], params: TrainParams, *, on_metrics: training.OnMetrics | None = None
+    base: Path,
+    pairs: Sequence[tuple[str, str]],
+    params: TrainParams,
+    *,
+    on_metrics: training.OnMetrics | None = None,
+    on_progress: training.OnProgress | None = None,
+    checkpoints: Path | None = None,
+    on_note: Callable[[str], object] = lambda _: None,
 ) -> TrainedPatch:
-    """A LoRA on `base` trained on (prompt, answer) pairs, loss on the answers only. Raises DataError."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """A LoRA on `base` trained on (prompt, answer) pairs, loss on the answers only (see `training.fit`).
 
+    Raises DataError, CheckpointError, ParamsError and MachineError.
+    """
     quieten()
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = loading.tokenizer_of(base)
     encoded = encoding.encode(tokenizer, pairs, params.max_length)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
+    model = loading.frozen_base(base, params.optim, params.quantization)
     patched = training.add_lora(model, params.lora, params.seed)
-    history = training.fit(
-        patched, tokenizer, encoded.examples, optim=params.optim, seed=params.seed, on_metrics=on_metrics
-    )
+    trainable = patched.num_parameters(only_trainable=True)  # once sharded, a process sees its share alone
+    fitted = training.fit(
+        patched, tokenizer, encoded.examples, optim=params.optim, seed=params.seed,
+        on_metrics=on_metrics, on_progress=on_progress, checkpoints=checkpoints, on_note=on_note,
+    )  # fmt: skip
     metrics = {
-        **training.last_loss(history),
+        **training.last_loss(fitted.history),
         "rows": len(encoded.examples),
         "rows_cut": encoded.cut,
         "rows_dropped": encoded.dropped,
-        "trainable_parameters": patched.num_parameters(only_trainable=True),
+        "trainable_parameters": trainable,
     }
-    return TrainedPatch(patched, history, metrics)
+    return TrainedPatch(patched, fitted.history, metrics, fitted.cost, fitted.weights)

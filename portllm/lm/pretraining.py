@@ -130,10 +130,10 @@ def _fit(
     told: OnMetrics,
 ) -> Release:
     blocks = pack(tokenizer, read_texts(corpus / TRAIN), block_length)
-    history = training.fit(model, tokenizer, blocks, optim=optim, seed=seed, on_metrics=told)
+    fitted = training.fit(model, tokenizer, blocks, optim=optim, seed=seed, on_metrics=told)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     metrics = {
-        **training.last_loss(history),
+        **training.last_loss(fitted.history),
         "documents": blocks.documents,
         "blocks": len(blocks),
         "tokens_dropped": blocks.dropped,

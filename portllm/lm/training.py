@@ -1,4 +1,8 @@
-"""Training through transformers' Trainer: pretraining on packed text, LoRA on answers."""
+"""Training through transformers' Trainer: pretraining on packed text, LoRA on answers.
+
+One process or many (`accelerate launch`), fp32 or bf16, from the start or from a snapshot: the same batches in the same
+order, so the machine changes a result by rounding at most.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,39 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portllm.lm.encoding import IGNORED, Example
+from portllm import processes
+from portllm.errors import MachineError, ParamsError
+from portllm.lm import loop, resuming
+from portllm.lm.batches import Collator, Counter, GlobalBatches
+from portllm.lm.encoding import Example
+from portllm.lm.loading import computes_in
+from portllm.lm.machine import Meter
+from portllm.lm.snapshots import Snapshots
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from portllm.params import LoraParams, OptimParams
 
-OnMetrics = Callable[[int, Mapping[str, float]], None]
+OnMetrics = loop.OnMetrics
+OnProgress = loop.OnProgress
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a training gave: the history (step, loss, learning_rate), what it cost, and the weights it trained.
+
+    `weights` is None where the model itself holds them whole; sharded over processes, they are gathered here (CPU).
+    """
+
+    history: list[dict[str, float]]
+    cost: Mapping[str, float]
+    weights: Mapping[str, Tensor] | None = None
 
 
 def last_loss(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -60,59 +85,101 @@ def fit(
     optim: OptimParams,
     seed: int,
     on_metrics: OnMetrics | None = None,
-) -> list[dict[str, float]]:
-    """Train `model` in place; the history as rows of step, loss and learning_rate.
+    on_progress: OnProgress | None = None,
+    checkpoints: Path | None = None,
+    on_note: Callable[[str], object] = lambda _: None,
+) -> Fitted:
+    """Train `model` in place, and go on from the last snapshot in `checkpoints`, if any.
 
-    The same inputs on the same machine give byte-identical weights. `on_metrics(step, metrics)` is
-    called with each row as it comes.
+    The same inputs on the same machine give byte-identical weights, stopped and resumed or not. `on_metrics(step,
+    metrics)` is called with each row of the history as it comes, `on_progress(step, steps)` after each step.
+    Raises ParamsError and MachineError.
     """
-    from transformers import PrinterCallback, Trainer
-
-    with tempfile.TemporaryDirectory() as scratch, _threads(optim.threads):
-        trainer = Trainer(
-            model=model,
-            args=_arguments(optim, seed, scratch),
-            train_dataset=list(examples),
-            # many bases have no token for padding; it carries no loss, and no token of the text sees it
-            data_collator=Collator(tokenizer.pad_token_id or 0),
-            callbacks=[_listener(on_metrics)] if on_metrics else None,
+    if optim.gradient_checkpointing:
+        _recompute(model)
+    counter, meter = Counter(), Meter()
+    with tempfile.TemporaryDirectory() as scratch, _threads(optim.threads), _refusals_of_the_machine():
+        arguments = _arguments(optim, seed, scratch)
+        snapshots = Snapshots(checkpoints, on_note) if checkpoints and optim.save_steps else None
+        plan = loop.Plan(
+            batches=_batches(examples, optim, seed),
+            snapshots=snapshots,
+            resumed=_resumed(snapshots, on_note),
+            on_metrics=on_metrics,
+            on_progress=on_progress,
         )
-        trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to --json
-        trainer.train()
+        # many bases have no token for padding; it carries no loss, and no token of the text sees it
+        collator = Collator(tokenizer.pad_token_id or 0, counter)
+        trainer = loop.planned_trainer(
+            plan, model=model, args=arguments, train_dataset=examples, data_collator=collator
+        )
+        if processes.index():
+            _other_dropout(seed)
+        with meter.running():
+            trainer.train(resume_from_checkpoint=plan.checkpoint(Path(scratch)))
+        history = [loop.row(entry) for entry in trainer.state.log_history if "loss" in entry]
+        fitted = Fitted(history, meter.figures(counter.tokens, counter.useful), _gathered(model))
     model.eval()
-    return [_row(entry) for entry in trainer.state.log_history if "loss" in entry]
+    return fitted
 
 
-@dataclass(frozen=True)
-class Collator:
-    """Examples to a batch: input_ids and labels, int64 (rows, longest example), padded on the right.
+def _batches(examples: Sequence[Example], optim: OptimParams, seed: int) -> GlobalBatches:
+    lengths = [len(example["input_ids"]) for example in examples] if optim.group_by_length else None
+    return GlobalBatches(
+        len(examples), optim.batch_size, seed, lengths=lengths, index=processes.index(), count=processes.count()
+    )
 
-    No attention mask: under causal attention no token of the text sees the padding behind it, and
-    without a mask the fast attention kernel is taken.
-    """
 
-    pad_token_id: int
+def _resumed(snapshots: Snapshots | None, on_note: Callable[[str], object]) -> resuming.Resumed | None:
+    """The last snapshot, on its way to every process."""
+    if snapshots is None:
+        return None
+    resumed = resuming.Resumed(snapshots.newest() if processes.is_main() else None)
+    if resumed:
+        on_note(f"going on after step {resumed.step}, where an earlier run was stopped")
+    return resumed
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        import torch
 
-        longest = max(len(example["input_ids"]) for example in examples)
-        fill = {"input_ids": self.pad_token_id, "labels": IGNORED}
-        return {
-            key: torch.tensor([example[key] + [value] * (longest - len(example[key])) for example in examples])
-            for key, value in fill.items()
-        }
+def _recompute(model: PreTrainedModel | PeftModel) -> None:
+    """Keep no activations between forward and backward but each layer's input: less memory, a fifth more time."""
+    # renamed in transformers 5.2x
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    if hasattr(model, "peft_config"):
+        model.enable_input_require_grads()
+
+
+def _other_dropout(seed: int) -> None:
+    """Trainer seeds every process alike: they would all drop the same places of different rows."""
+    import torch
+
+    torch.manual_seed(seed + processes.index())
+
+
+def _gathered(model: PreTrainedModel | PeftModel) -> dict[str, Tensor] | None:
+    """The trained weights, whole, where they are sharded over processes; every process has to call it."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not any(hasattr(parameter, "full_tensor") for parameter in trained.values()):
+        return None
+    return {name: resuming.whole(parameter) for name, parameter in trained.items()}
 
 
 def _arguments(optim: OptimParams, seed: int, scratch: str) -> TrainingArguments:
     from transformers import TrainingArguments
 
+    rows, left = divmod(optim.batch_size, processes.count())
+    if left or not rows:
+        raise ParamsError(
+            f"optim.batch_size counts the rows of all processes together: expected a multiple of the "
+            f"{processes.count()} processes, found {optim.batch_size}"
+        )
+    precision = computes_in(optim.precision)
     return TrainingArguments(
         output_dir=scratch,
         learning_rate=optim.learning_rate,
         num_train_epochs=optim.epochs,
         max_steps=optim.max_steps or -1,
-        per_device_train_batch_size=optim.batch_size,
+        per_device_train_batch_size=rows,
         gradient_accumulation_steps=optim.gradient_accumulation,
         lr_scheduler_type=optim.schedule,
         lr_scheduler_kwargs=_schedule_settings(optim),
@@ -124,18 +191,47 @@ def _arguments(optim: OptimParams, seed: int, scratch: str) -> TrainingArguments
         logging_steps=optim.logging_steps,
         seed=seed,
         data_seed=seed,
-        save_strategy="no",
+        bf16=precision == "bf16",
+        use_cpu=_on_cpu(precision),
+        save_strategy="steps" if optim.save_steps else "no",
+        save_steps=optim.save_steps or 1,
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
         logging_nan_inf_filter=False,  # a loss that is not a number is shown as such
     )
+
+
+def _on_cpu(precision: str) -> bool:
+    """Whether to say outright that the CPU computes, which transformers wants with bf16 or several processes."""
+    import torch
+
+    return not torch.cuda.is_available() and (precision == "bf16" or processes.count() > 1)
 
 
 def _schedule_settings(optim: OptimParams) -> dict[str, Any]:
     if optim.schedule != "warmup_stable_decay":
         return {}
     return {"num_decay_steps": round(optim.max_steps * optim.decay_ratio)}
+
+
+@contextlib.contextmanager
+def _refusals_of_the_machine() -> Iterator[None]:
+    """Too little memory on a GPU, and another process's end, as errors that say what to do."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            "the GPU's memory is too small for this training; lower optim.batch_size and raise "
+            "optim.gradient_accumulation, set optim.gradient_checkpointing, or train.quantization: 4bit"
+        ) from error
+    except RuntimeError as error:
+        if processes.count() == 1:
+            raise
+        raise MachineError(f"training stopped, perhaps because another process ended ({_line(error)})") from error
 
 
 @contextlib.contextmanager
@@ -151,19 +247,5 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _listener(on_metrics: OnMetrics) -> TrainerCallback:
-    from transformers import TrainerCallback
-
-    class Listener(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
-        """Hands each logged row on as it comes."""
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
-            if logs and "loss" in logs:
-                row = _row({**logs, "step": state.global_step})
-                on_metrics(int(row.pop("step")), row)
-
-    return Listener()
-
-
-def _row(entry: Mapping[str, float]) -> dict[str, float]:
-    return {"step": int(entry["step"]), "loss": float(entry["loss"]), "learning_rate": float(entry["learning_rate"])}
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

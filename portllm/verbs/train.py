@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from portllm import processes
 from portllm.checkpoint.card import patch_card
-from portllm.checkpoint.fingerprint import fingerprint
-from portllm.checkpoint.output import staged
-from portllm.checkpoint.provenance import digests, git_commit, public_name, revision, versions
-from portllm.checkpoint.records import PatchRecord, Source
-from portllm.lm import patching, pretraining, prompts
+from portllm.checkpoint.fingerprint import file_digest, fingerprint
+from portllm.checkpoint.output import kept, staged
+from portllm.checkpoint.provenance import git_commit, public_name, revision, versions
+from portllm.checkpoint.records import PatchRecord, Source, dumps
+from portllm.lm import loading, patching, tasks, training
 from portllm.params import TrainParams, as_tree
-from portllm.world import datasets
 
 HISTORY = "history.csv"
 
@@ -26,27 +27,38 @@ def run(
     out: Path,
     params: TrainParams,
     force: bool = False,
-    on_metrics: pretraining.OnMetrics | None = None,
-    on_progress: pretraining.OnProgress | None = None,
+    on_metrics: training.OnMetrics | None = None,
+    on_progress: training.OnProgress | None = None,
+    on_cost: Callable[[Mapping[str, float]], object] = lambda _: None,
+    on_note: Callable[[str], object] = lambda _: None,
 ) -> PatchRecord:
-    """Train a patch of `base` on DATA/<task>/train.parquet and write it to `out`.
+    """Train a patch of `base` on DATA/<task>'s training split and write it to `out`.
 
-    The directory is PEFT's own, with patch.json, a model card and the training curve.
-    Raises DataError, CheckpointError, EvaluationError and OutputError.
+    The directory is PEFT's own, with patch.json, a model card and the training curve. With optim.save_steps a killed
+    run is gone on with by the next one of the same inputs and parameters. `on_cost` is told what training took.
+    Raises DataError, CheckpointError, EvaluationError, ParamsError, MachineError and OutputError.
     """
-    template = prompts.Prompts.load(datasets.task_file(task))
-    file = data / task / pretraining.TRAIN
-    with staged(out, force=force, inputs=(base, data)) as folder:
-        pairs = template.pairs(pretraining.read_rows(file, ()))
-        told = pretraining.reporter(params.optim, on_metrics, on_progress)
-        made = patching.train(base, pairs, params, on_metrics=told)
+    read = tasks.digests(task, data, "training")
+    key = _key(base, task, read, params) if params.optim.save_steps else None
+    with staged(out, force=force, inputs=(base, data), key=key) as folder:
+        pairs = tasks.training_pairs(task, data, loading.tokenizer_of(base))
+        made = patching.train(
+            base, pairs, params, on_metrics=on_metrics, on_progress=on_progress, on_note=on_note,
+            checkpoints=kept(out, key) if key else None,
+        )  # fmt: skip
+        on_cost(made.cost)
         made.save(folder, base_name=public_name(base))
         _write_history(folder / HISTORY, made.history)
         record = PatchRecord(
             task=task,
-            base=Source(name=public_name(base), fingerprint=fingerprint(base), revision=revision(base)),
+            base=Source(
+                name=public_name(base),
+                fingerprint=fingerprint(base),
+                revision=revision(base),
+                quantisation=loading.NF4 if params.quantization == loading.FOUR_BITS else None,
+            ),
             fingerprint=fingerprint(folder),
-            data=digests([file]),
+            data=read,
             params={k: v for k, v in as_tree(params).items() if k != "per_task"},
             metrics=made.metrics,
             versions=versions("torch", "transformers", "peft"),
@@ -55,6 +67,14 @@ def run(
         (folder / "README.md").write_text(patch_card(record), encoding="utf-8")
         record.write(folder)
     return record
+
+
+def _key(base: Path, task: str, read: Mapping[str, str], params: TrainParams) -> str:
+    """What names a training: a snapshot is gone on with where all of this is the same."""
+    files = sorted(path for path in base.iterdir() if path.suffix in (".json", ".model"))
+    inputs = [fingerprint(base), {path.name: file_digest(path) for path in files}, task, dict(read), as_tree(params)]
+    made_by = [versions("torch", "transformers", "peft", "accelerate"), processes.count()]
+    return hashlib.sha256(dumps([inputs, made_by]).encode()).hexdigest()
 
 
 def _write_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:
