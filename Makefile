@@ -25,12 +25,11 @@ $(READY): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m compileall -q portllm  # forty short processes read it, some where Python may not write it
 	touch $@
 
-repro: $(READY) ## rebuild the whole experiment (dvc repro); with PROFILE=NAME that of profiles/NAME.yaml
-	$(if $(PROFILE),@$(MAKE) --no-print-directory workspace doctor PROFILE='$(PROFILE)')
+repro: $(READY) $(if $(PROFILE),doctor) ## rebuild the whole experiment (dvc repro); with PROFILE=NAME that of profiles/NAME.yaml
 	$(THERE)dvc repro
 
-doctor: $(READY) ## what the experiment needs, and whether this machine has it; with PROFILE=NAME a profile's
-	portllm doctor --params '$(if $(PROFILE),profiles/$(PROFILE),params).yaml'
+doctor: $(READY) $(if $(PROFILE),workspace) ## what the experiment needs, and whether this machine has it
+	$(THERE)portllm doctor --params params.yaml
 
 # A DVC project of its own beside the others, with its own lock, results and cache: the files it shares with this one
 # are links, so that there is one dvc.yaml, and the profile is its params.yaml.

@@ -30,6 +30,7 @@ VERBS = (
     "register",
     "fingerprint",
     "tasks",
+    "doctor",
 )
 
 

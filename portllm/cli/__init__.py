@@ -7,6 +7,7 @@ training.py   train
 porting.py    port
 scoring.py    evaluate
 judging.py    verify, report, register, fingerprint
+doctor.py     doctor
 options.py    flags generated from the sections of params.py, and those all verbs share
 running.py    progress, tracking, cost and the JSON object, shared by every command
 lineage.py    what each verb read and wrote, for the tracker
@@ -17,7 +18,7 @@ from __future__ import annotations
 import click
 
 from portllm import __version__
-from portllm.cli import data, judging, porting, releases, scoring, training
+from portllm.cli import data, doctor, judging, porting, releases, scoring, training
 from portllm.cli.running import Settings, Verbs, hush
 
 
@@ -53,5 +54,6 @@ for command in (
     judging.register,
     judging.fingerprint,
     data.tasks,
+    doctor.doctor,
 ):
     main.add_command(command)

@@ -1,0 +1,185 @@
+"""What this machine has: processor, memory, CUDA devices, disk, packages. Quick: neither torch nor CUDA is started."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess  # noqa: S404 - one fixed command, nvidia-smi
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "lm-eval", "bitsandbytes", "flash-attn")
+QUERY = ("index", "uuid", "name", "memory.total", "memory.free", "compute_cap")
+FIRST_WITH_BF16 = 8.0  # compute capability (CUDA C++ programming guide, "Arithmetic Instructions")
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+CPU_BANDWIDTH = 20e9
+# makers' data sheets: dense bf16 (fp16 where there is none) FLOP/s, bytes/s of memory; longer names first
+GPUS = (
+    ("H200", 989e12, 4.8e12), ("H100 PCIe", 756e12, 2.0e12), ("H100", 989e12, 3.35e12), ("H800", 989e12, 3.35e12),
+    ("B200", 2250e12, 8.0e12), ("A100", 312e12, 1.9e12), ("A800", 312e12, 1.9e12), ("L40S", 362e12, 0.86e12),
+    ("L40", 181e12, 0.86e12), ("L4", 121e12, 0.3e12), ("A6000", 155e12, 0.77e12), ("A40", 150e12, 0.7e12),
+    ("A10", 125e12, 0.6e12), ("4090", 165e12, 1.0e12), ("3090", 71e12, 0.94e12), ("V100", 125e12, 0.9e12),
+    ("T4", 65e12, 0.3e12),
+)  # fmt: skip
+UNKNOWN_GPU = (100e12, 0.6e12)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A CUDA device; peak FLOP/s and bytes/s are its maker's (`known`), or a modest guess."""
+
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    bf16: bool
+    flops_per_second: float
+    memory_bytes_per_second: float
+    known: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """All that bears on whether an experiment can run here. `torch_cuda`: the CUDA that torch was built with."""
+
+    cpu: str
+    cores: int
+    ram_bytes: int
+    ram_available_bytes: int
+    disk_free_bytes: int
+    gpus: tuple[Gpu, ...]
+    packages: dict[str, str | None]
+    torch_cuda: str | None
+    accelerate_config: bool
+
+
+def inspect(folder: Path) -> Machine:
+    """This machine, with the disk that `folder` lies on."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    limit = min([memory.total, *_cgroup_limits()])
+    return Machine(
+        cpu=_cpu_name(),
+        cores=len(os.sched_getaffinity(0)),
+        ram_bytes=limit,
+        ram_available_bytes=min(memory.available, limit),
+        disk_free_bytes=shutil.disk_usage(_existing(folder)).free,
+        gpus=tuple(_gpus()),
+        packages={name: _version(name) for name in PACKAGES},
+        torch_cuda=_torch_cuda(),
+        accelerate_config=_accelerate_config().is_file(),
+    )
+
+
+def cpu_flops_per_second(seconds: float = 0.06) -> float:
+    """float32 FLOP/s of this process's matrix products, measured for so long."""
+    import numpy as np
+
+    size = 512
+    square = np.ones((size, size), dtype=np.float32)
+    square @ square  # threads and buffers are made
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        square @ square
+        count += 1
+    return 2.0 * size**3 * count / (time.perf_counter() - start)
+
+
+def shares_blocks(folder: Path) -> bool:
+    """Whether the DVC project of `folder` links its files to its cache, so that nothing lies on the disk twice."""
+    config = _dvc_config(folder)
+    kinds = re.search(r"^\s*type\s*=\s*(.+)$", config, re.MULTILINE)
+    return kinds is not None and any(kind.strip() in ("hardlink", "symlink") for kind in kinds[1].split(","))
+
+
+def _dvc_config(folder: Path) -> str:
+    for parent in (folder.absolute(), *folder.absolute().parents):
+        file = parent / ".dvc" / "config"
+        if file.is_file():
+            return file.read_text(encoding="utf-8", errors="replace")
+    return ""
+
+
+def _gpus() -> Iterator[Gpu]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = None if visible is None else [name.strip() for name in visible.split(",") if name.strip()]
+    for line in _nvidia_smi().splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) != len(QUERY):
+            continue
+        index, uuid, name, total, free, capability = cells
+        if chosen is not None and index not in chosen and not any(uuid.startswith(c) for c in chosen):
+            continue
+        found = next(((flops, rate) for key, flops, rate in GPUS if key in name), None)
+        flops, rate = found or UNKNOWN_GPU
+        with contextlib.suppress(ValueError):  # a device in an odd mode tells no numbers
+            yield Gpu(
+                name=name,
+                memory_bytes=int(float(total) * 2**20),
+                free_bytes=int(float(free) * 2**20),
+                bf16=float(capability) >= FIRST_WITH_BF16,
+                flops_per_second=flops,
+                memory_bytes_per_second=rate,
+                known=found is not None,
+            )
+
+
+def _nvidia_smi() -> str:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    words = [program, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _torch_cuda() -> str | None:
+    # torch/version.py says it; importing torch takes seconds
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"^cuda\b[^=]*=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE)
+    return found[1] if found else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _accelerate_config() -> Path:
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    return Path(home) / "accelerate" / "default_config.yaml"
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    return os.uname().machine
+
+
+def _cgroup_limits() -> Iterator[int]:
+    for file in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):
+            yield int(Path(file).read_text(encoding="ascii"))
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

@@ -1,0 +1,128 @@
+"""doctor says what is needed and whether it is there, in a second, and never the token."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from portllm import params
+from portllm.cli import main
+from portllm.lm import equipment
+from portllm.lm.equipment import Gpu, Machine
+from portllm.verbs import doctor
+
+ROOT = Path(__file__).parents[2]
+PROFILE = ROOT / "profiles" / "mistral-7b.yaml"
+GIB = 2**30
+
+
+def gpu(memory: int, name: str = "NVIDIA H100 80GB HBM3") -> Gpu:
+    return Gpu(
+        name=name, memory_bytes=memory, free_bytes=memory, bf16=True, flops_per_second=989e12,
+        memory_bytes_per_second=3.35e12, known=True,
+    )  # fmt: skip
+
+
+def machine(**changes: Any) -> Machine:
+    known: dict[str, Any] = {
+        "cpu": "a processor", "cores": 16, "ram_bytes": 128 * GIB, "ram_available_bytes": 100 * GIB,
+        "disk_free_bytes": 2000 * GIB, "gpus": (gpu(80 * GIB),), "packages": dict.fromkeys(equipment.PACKAGES, "1.0"),
+        "torch_cuda": "12.8", "accelerate_config": False,
+    }  # fmt: skip
+    return Machine(**{**known, **changes})
+
+
+def diagnose(monkeypatch: pytest.MonkeyPatch, here: Machine, whole: params.Params, folder: Path) -> dict[str, set[str]]:
+    """The statuses of each check, the hub's aside: tests have none."""
+    monkeypatch.setattr(equipment, "inspect", lambda _: here)
+    found = doctor.run(params=whole, folder=folder)
+    statuses: dict[str, set[str]] = {}
+    for check in found.checks:
+        if check.name not in ("model", "hub"):
+            statuses.setdefault(check.name, set()).add(check.status)
+    return statuses
+
+
+def test_a_large_gpu_has_what_the_papers_profile_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    profile = params.load(PROFILE)
+    assert set().union(*diagnose(monkeypatch, machine(), profile, tmp_path).values()) == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("here", "check"),
+    [
+        (machine(disk_free_bytes=50 * GIB), "disk"),
+        (machine(gpus=(gpu(16 * GIB),)), "memory"),
+        (machine(gpus=(), ram_bytes=16 * GIB), "memory"),
+        (machine(gpus=()), "time"),
+        (machine(torch_cuda=None), "device"),
+    ],
+)
+def test_what_is_missing_fails_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, here: Machine, check: str
+) -> None:
+    assert "fail" in diagnose(monkeypatch, here, params.load(PROFILE), tmp_path)[check]
+
+
+@pytest.mark.parametrize(
+    ("change", "package"),
+    [({"quantization": "4bit"}, "bitsandbytes"), ({"optim": {"attention": "flash_attention_2"}}, "flash-attn")],
+)
+def test_a_package_that_params_ask_for_must_be_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: dict[str, Any], package: str
+) -> None:
+    profile = params.load(PROFILE)
+    asking = replace(profile, train=params.override(profile.train, change, where="train"))
+    without = machine(packages=dict.fromkeys(equipment.PACKAGES, None))
+    assert diagnose(monkeypatch, without, asking, tmp_path)[package] == {"fail"}
+    assert package not in diagnose(monkeypatch, without, profile, tmp_path)
+
+
+def test_linked_caches_keep_nothing_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(equipment, "inspect", lambda _: machine())
+    whole = params.load(ROOT / "params.yaml")
+    twice = doctor.run(params=whole, folder=tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc" / "config").write_text("[cache]\n    type = reflink,hardlink,copy\n")
+    once = doctor.run(params=whole, folder=tmp_path)
+    assert twice.disk_bytes == 2 * once.disk_bytes > 0
+
+
+def test_the_command_answers_quickly_with_one_object_and_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    runner = CliRunner()
+    start = time.monotonic()
+    fits = runner.invoke(main, ["doctor", "--params", str(ROOT / "params.yaml"), "--json"])
+    assert time.monotonic() - start < 5
+    told = json.loads(fits.stdout)
+    assert (fits.exit_code, told["ok"]) == (0, True)
+    assert [s["stage"] for s in told["stages"]] == ["prepare", "fetch", "evolve", "train", "port", "evaluate", "report"]
+    cannot = runner.invoke(main, ["doctor", "--params", str(PROFILE)])
+    assert cannot.exit_code == 1
+    assert "FAIL model: mistralai/Mistral-7B-v0.1" in cannot.output
+    assert "a token is there" in cannot.output
+    assert "hf_secret" not in cannot.output + fits.output
+    assert runner.invoke(main, ["doctor"]).exit_code == 0
+
+
+def test_nvidia_smi_is_read_and_hidden_devices_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "0, GPU-aa, NVIDIA H100 80GB HBM3, 81559, 81000, 9.0\n1, GPU-bb, Tesla T4, 15360, 15000, 7.5\n"
+    monkeypatch.setattr(equipment, "_nvidia_smi", lambda: said)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    first, second = equipment._gpus()
+    assert (first.bf16, first.flops_per_second, first.memory_bytes) == (True, 989e12, 81559 * 2**20)
+    assert (second.bf16, second.known) == (False, True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert [one.name for one in equipment._gpus()] == ["Tesla T4"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert list(equipment._gpus()) == []
