@@ -27,6 +27,7 @@ from portllm.cli.running import Common, answer, stage
 @click.option("--out", type=DIRECTORY, required=True, help="JSON file to write.")
 @click.option("--news", type=DIRECTORY, help="A release's corpus: are its facts known, is its text expected?")
 @click.option("--samples", type=DIRECTORY, help="Parquet file to write each example's answer to.")
+@click.option("--cache/--no-cache", default=True, help="Take what was scored before from the cache [default: yes].")
 @TRUST
 @of_section("evaluate", params.EvaluateParams)
 @common
@@ -39,6 +40,7 @@ def evaluate(
     data: Path,
     out: Path,
     samples: Path | None,
+    cache: bool,
     trust_remote_code: bool,
     opts: Common,
     **flags: Any,
@@ -59,9 +61,11 @@ def evaluate(
     with stage("evaluate", name=f"evaluate {out.stem}", section=section, opts=opts) as running:
         result = verb.run(
             model=resolve(model), tasks=tasks or whole.tasks, patches=patches, before=before, data=data, news=news,
-            out=out, samples=samples,
-            params=section, trust_remote_code=trust_remote_code, on_progress=running.part,
+            out=out, samples=samples, params=section, trust_remote_code=trust_remote_code, cache=cache,
+            on_progress=lambda done, total, what: running.progress(done, total, what, unit="documents"),
         )  # fmt: skip
-        running.cost.update(release=out.stem)
+        running.cost.update(release=out.stem, known=result.known)
+        if cache:
+            running.part(result.known, len(result.cells), "from the cache")
         running.finish(**of_evaluation(result, out))
     answer(result.as_json(), as_json=opts.as_json, line="\n".join(result.lines()))

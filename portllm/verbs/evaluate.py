@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from portllm import processes
 from portllm.checkpoint.fingerprint import fingerprint
 from portllm.checkpoint.output import staged_file
 from portllm.checkpoint.provenance import digests, public_name
 from portllm.checkpoint.records import SCHEMA_VERSION, PatchRecord, PortRecord, dumps
-from portllm.errors import EvaluationError, PatchError
-from portllm.lm import evaluation, prompts
+from portllm.errors import PatchError
+from portllm.lm import evaluation, identity, ledger, sharing
+from portllm.lm.questions import Questions
+from portllm.lm.scored import Sample, Scored, main_metric
 from portllm.params import EvaluateParams
-from portllm.world import datasets
 
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[int, int, str], None]  # documents scored, of how many, what is being scored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +34,12 @@ class Candidate:
     merged: bool
 
 
-# who is scored (None: the bare model) on which tasks
-Plan = list[tuple[Candidate | None, list[str]]]
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A task to be scored on a candidate; None: on the bare model."""
+
+    candidate: Candidate | None
+    task: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,21 +52,22 @@ class Cell:
     patch_task: str | None
     patch_fingerprint: str | None
     metrics: Mapping[str, float]
-    samples: tuple[evaluation.Sample, ...]
+    samples: tuple[Sample, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Everything one call scored; `as_json` is what OUT holds."""
+    """Everything one call scored, or knew (`known` of the cells); `as_json` is what OUT holds."""
 
     model: str
     fingerprint: str
     data: Mapping[str, str]
     cells: tuple[Cell, ...]
+    known: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The contract's shape: model, and a row per task and patch."""
-        results = [{**dataclasses.asdict(c), "samples": len(c.samples)} for c in self.cells]
+        results = [{**vars(c), "samples": len(c.samples)} for c in self.cells]
         return {
             "schema_version": SCHEMA_VERSION,
             "release": Path(self.model).name,
@@ -70,7 +78,7 @@ class Evaluation:
 
     def lines(self) -> list[str]:
         """A line per result, for people."""
-        rows = [(c, evaluation.main_metric(c.metrics)) for c in self.cells]
+        rows = [(c, main_metric(c.metrics)) for c in self.cells]
         return [f"{c.task:24} {c.patch or c.arm:40} {key}={c.metrics[key]:.4f}" for c, key in rows]
 
 
@@ -86,30 +94,31 @@ def run(
     news: Path | None = None,
     samples: Path | None = None,
     trust_remote_code: bool = False,
+    cache: bool = True,
     on_progress: Progress | None = None,
 ) -> Evaluation:
     """Score `model`, and every patch over it, on `tasks`; write OUT (JSON) and each example's answer (parquet).
 
-    `data` holds DATA/<task>/<split>.parquet of the embedded world's tasks; `news` is a release's corpus,
-    whose facts and held-out text become two more tasks. A patch is scored on its own task and on the
-    tasks no patch is for; `before` names models of an earlier release, asked only what no patch is for.
-    Raises EvaluationError and PatchError.
+    `data` holds DATA/<task>/<split>.parquet; `news` is a release's corpus, whose facts and held-out text become two
+    more tasks where they are there. A patch is scored on its own task and on the tasks no patch is for; `before` names
+    models of an earlier release, asked only what no patch is for. What was scored before on the very same content is
+    taken from the user's cache, unless `cache` is False. Raises PortllmError.
     """
     mark = fingerprint(model)
     asked = [_candidate(p, mark) for p in _expand(patches)]
     known = {c.path.resolve() for c in asked}
     old = [_candidate(p, mark) for p in _expand(before) if p.resolve() not in known]
-    specs = {t: _spec(t, data) for t in tasks} | _news(news)
-    plan = _plan(list(specs), [*asked, *(dataclasses.replace(c, arm="old") for c in old)])
-    loaded = evaluation.load_tasks(list(specs.values()), params)
-    cells: list[Cell] = []
-    total = sum(len(names) for _, names in plan)
-    for cell in _score(model, plan, loaded, params, trust_remote_code):
-        cells.append(cell)
-        if on_progress:
-            on_progress(len(cells), total, f"{cell.arm} {cell.task}")
-    files = [_asked(spec) for spec in specs.values() if isinstance(spec, Mapping)]
-    result = Evaluation(model=public_name(model), fingerprint=mark, data=digests(files), cells=tuple(cells))
+    questions = Questions(tasks, data=data, news=news)
+    plan = _plan(questions.names, [*asked, *(dataclasses.replace(c, arm="old") for c in old)])
+    scoring = Scoring(model, questions, params, trust_remote_code=trust_remote_code, on_progress=on_progress)
+    scored, found = _scored(plan, scoring, cache=cache)
+    result = Evaluation(
+        model=public_name(model),
+        fingerprint=mark,
+        data=digests(dict.fromkeys(questions.files(scored))),
+        cells=tuple(_cell(row.candidate, one) for row, one in zip(plan, scored, strict=True)),
+        known=found,
+    )
     with staged_file(out) as path:
         path.write_text(dumps(result.as_json()), encoding="utf-8")
     if samples is not None:
@@ -118,72 +127,137 @@ def run(
     return result
 
 
-def _spec(task: str, data: Path) -> str | dict[str, Any]:
-    """A task of the embedded world on its files in `data`; any other name is the harness's own."""
-    if task not in datasets.TASKS:
-        return task
-    config = prompts.load_task(datasets.task_file(task))
-    files = {split: data / task / f"{split}.parquet" for split in datasets.SPLITS}
-    return evaluation.on_files(config, files, name=task)
+def _scored(plan: Sequence[Row], scoring: Scoring, *, cache: bool) -> tuple[list[Scored], int]:
+    """What each row of the plan scored, and how many of them were known."""
+    keys = [scoring.key(row) for row in plan] if cache and processes.is_main() else [None] * len(plan)
+    scored = {i: found for i, key in enumerate(keys) if key is not None and (found := ledger.find(key))}
+    scored = sharing.from_main(scored)  # on another machine the cache is another one
+    known = len(scored)
+    for i, one in scoring.score({i: row for i, row in enumerate(plan) if i not in scored}):
+        scored[i] = one
+        if (key := keys[i]) is not None and scoring.unchanged(plan[i]):
+            ledger.keep(key, one)
+    return [scored[i] for i in range(len(plan))], known
 
 
-def _news(corpus: Path | None) -> dict[str, str | dict[str, Any]]:
-    """What a release's corpus is asked about: does the model know its facts, and is it surprised by its text?"""
-    if corpus is None:
-        return {}
-    tasks: dict[str, str | dict[str, Any]] = {}
-    for kind, split in (("recall", "recall"), ("perplexity", "test")):
-        name = f"corpus_{corpus.name}_{kind}"
-        config = prompts.load_task(datasets.task_file(f"world_{kind}"))
-        tasks[name] = evaluation.on_files(config, {split: corpus / f"{split}.parquet"}, name=name)
-    return tasks
+class Scoring:
+    """Scores rows of a plan: what is put on the model over one loaded base, merged checkpoints one after another."""
+
+    def __init__(
+        self,
+        model: Path,
+        questions: Questions,
+        params: EvaluateParams,
+        *,
+        trust_remote_code: bool,
+        on_progress: Progress | None,
+    ) -> None:
+        self._model, self._questions, self._params = model, questions, params
+        self._trust, self._on_progress = trust_remote_code, on_progress
+        self._weights: dict[Path, Mapping[str, Any]] = {}
+        self._tasks: dict[str, Mapping[str, Any] | None] = {}
+        self._states: dict[Path, Mapping[str, list[int]]] = {}
+        self._sizes: dict[str, int] = {}
+        self._rows: Mapping[int, Row] = {}
+        self._done = self._total = 0
+
+    def key(self, row: Row) -> dict[str, Any] | None:
+        """All that the row's figures depend on; None where not all of it is at hand."""
+        for folder in self._folders(row):
+            self._states.setdefault(folder, identity.state(folder))
+        if row.task not in self._tasks:
+            self._tasks[row.task] = self._questions.key(row.task)
+        asked = self._tasks[row.task]
+        if asked is None:
+            return None
+        checkpoint, *patch = [self._of_weights(path) for path in self._loaded(row)]
+        # batches, threads and processes decide how, not what
+        told = {name: vars(self._params)[name] for name in ("seed", "num_fewshot", "limit")}
+        return {
+            "task": row.task,
+            **asked,
+            "model": checkpoint,
+            "patch": patch[0] if patch else None,
+            "params": {**told, "trust_remote_code": self._trust, "dtype": "auto"},
+            "code": dict(identity.of_code()),
+            "device": identity.of_device(),
+        }
+
+    def unchanged(self, row: Row) -> bool:
+        """Whether the files that `key` looked at are still what they were then."""
+        return all(identity.state(folder) == self._states[folder] for folder in self._folders(row))
+
+    def score(self, rows: Mapping[int, Row]) -> Iterator[tuple[int, Scored]]:
+        """Every row's score under its number; those over the base first."""
+        self._rows = rows
+        over_base = {i: row for i, row in rows.items() if len(self._loaded(row)) > 1 or row.candidate is None}
+        if over_base:
+            yield from self._on(self._model, over_base)
+        merged = [row.candidate.path for i, row in rows.items() if i not in over_base and row.candidate]
+        for path in dict.fromkeys(merged):
+            yield from self._on(path, {i: r for i, r in rows.items() if r.candidate and self._loaded(r) == [path]})
+
+    def _on(self, checkpoint: Path, rows: Mapping[int, Row]) -> Iterator[tuple[int, Scored]]:
+        """Scores of a checkpoint and of the patches put on it; it is let go when they are done."""
+        harness = evaluation.Harness(checkpoint, self._params, trust_remote_code=self._trust)
+        names = list(dict.fromkeys(row.task for row in rows.values()))
+        tasks = self._questions.load(names, identity.of_words(checkpoint), harness.tokenizer, self._params)
+        self._sizes |= {name: evaluation.documents(task, self._params) for name, task in tasks.items()}
+        self._total = sum(self._sizes.get(row.task, 0) for row in self._rows.values())
+        for candidate in dict.fromkeys(row.candidate for row in rows.values()):
+            patched = harness.patched(candidate.path) if candidate and not candidate.merged else nullcontext()
+            with patched:
+                for i, row in rows.items():
+                    if row.candidate == candidate:
+                        yield i, self._ask(harness, row, tasks[row.task])
+
+    def _ask(self, harness: evaluation.Harness, row: Row, task: Any) -> Scored:
+        what = f"{row.candidate.arm if row.candidate else 'base'} {row.task}"
+
+        size = self._sizes[row.task]
+
+        def told(share: float) -> None:
+            if self._on_progress:
+                self._on_progress(self._done + int(share * size), self._total, what)
+
+        scored = harness.score(task, on_answered=told)
+        self._done += size
+        return scored
+
+    def _loaded(self, row: Row) -> list[Path]:
+        """The checkpoint a row is scored on, and what is put on it."""
+        if row.candidate is None:
+            return [self._model]
+        return [row.candidate.path] if row.candidate.merged else [self._model, row.candidate.path]
+
+    def _folders(self, row: Row) -> list[Path]:
+        return [*self._loaded(row), self._questions.folder(row.task)]
+
+    def _of_weights(self, path: Path) -> Mapping[str, Any]:
+        if path not in self._weights:
+            self._weights[path] = identity.of_weights(path)
+        return self._weights[path]
 
 
-def _asked(spec: Mapping[str, Any]) -> Path:
-    """The file whose rows the harness asks; the other splits are there for few-shot examples only."""
-    return Path(spec["dataset_kwargs"]["data_files"][spec["test_split"]])
-
-
-def _score(
-    model: Path, plan: Plan, tasks: Mapping[str, Any], params: EvaluateParams, trust_remote_code: bool
-) -> Iterator[Cell]:
-    base, tokenizer = evaluation.load_model(model, trust_remote_code=trust_remote_code)
-    bench = evaluation.Harness(base, tokenizer, tasks, params)
-    for candidate, names in plan:
-        if candidate is None:
-            yield from _cells(None, bench.score(names))
-        elif candidate.merged:
-            other, words = evaluation.load_model(candidate.path, trust_remote_code=trust_remote_code)
-            yield from _cells(candidate, evaluation.Harness(other, words, tasks, params).score(names))
-        else:
-            with evaluation.adapted(base, candidate.path) as patched:
-                yield from _cells(candidate, bench.score(names, model=patched))
-
-
-def _cells(candidate: Candidate | None, scored: Sequence[evaluation.Scored]) -> Iterator[Cell]:
-    for one in scored:
-        yield Cell(
-            task=one.task,
-            patch=public_name(candidate.path) if candidate else None,
-            arm=candidate.arm if candidate else "base",
-            patch_task=candidate.task if candidate else None,
-            patch_fingerprint=candidate.fingerprint if candidate else None,
-            metrics=one.metrics,
-            samples=one.samples,
-        )
-
-
-def _plan(tasks: Sequence[str], candidates: Sequence[Candidate]) -> Plan:
-    if not tasks:
-        raise EvaluationError("no task to evaluate on; name at least one with --tasks (see `portllm tasks`)")
+def _plan(tasks: Sequence[str], candidates: Sequence[Candidate]) -> list[Row]:
     owned = {c.task for c in candidates}
-    plan: Plan = [(None, list(tasks))]
+    plan = [Row(candidate=None, task=task) for task in tasks]
     for c in candidates:
         own = c.arm != "old"
-        names = [t for t in tasks if t not in owned or (own and t == c.task)]
-        if names:
-            plan.append((c, names))
+        plan += [Row(candidate=c, task=t) for t in tasks if t not in owned or (own and t == c.task)]
     return plan
+
+
+def _cell(candidate: Candidate | None, scored: Scored) -> Cell:
+    return Cell(
+        task=scored.task,
+        patch=public_name(candidate.path) if candidate else None,
+        arm=candidate.arm if candidate else "base",
+        patch_task=candidate.task if candidate else None,
+        patch_fingerprint=candidate.fingerprint if candidate else None,
+        metrics=scored.metrics,
+        samples=scored.samples,
+    )
 
 
 def _expand(paths: Sequence[Path]) -> Iterator[Path]:
@@ -226,18 +300,18 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _write_samples(path: Path, cells: Sequence[Cell]) -> None:
+    """A row per document and cell; the maps hold every filter's metrics and answers."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    text, number = pa.string(), pa.float64()
+    columns = {"task": text, "arm": text, "patch_task": text, "doc_id": pa.int64(), "correct": pa.bool_()}
+    columns |= {"score": number, "answer": text, "target": text, "metrics": pa.map_(text, number)}
+    schema = pa.schema(columns | {"answers": pa.map_(text, text), "loglikelihoods": pa.list_(number)})
     rows = [{"task": c.task, "arm": c.arm, "patch_task": c.patch_task, **_sample(s)} for c in cells for s in c.samples]
-    pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, schema), path, compression="zstd")
 
 
-def _sample(sample: evaluation.Sample) -> dict[str, Any]:
-    return {
-        "doc_id": sample.doc_id,
-        "correct": sample.score == 1.0,
-        "score": sample.score,
-        "answer": sample.answer,
-        "target": sample.target,
-    }
+def _sample(sample: Sample) -> dict[str, Any]:
+    maps = {name: list(getattr(sample, name).items()) for name in ("metrics", "answers")}
+    return {**vars(sample), **maps, "correct": sample.score == 1.0}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from portllm.lm import encoding, evaluation, llama, prompts
+from portllm.lm import encoding, evaluation, llama, prompts, tasks
 from portllm.params import ArchitectureParams, EvaluateParams
 from portllm.world import datasets, tokenizer
 
@@ -22,26 +22,24 @@ def test_training_prompts_equal_evaluation_prompts_token_for_token(tmp_path: Pat
     for task, told in rows.items():
         pq.write_table(pa.Table.from_pylist(told), tmp_path / f"{task}.parquet")
         config = prompts.load_task(datasets.task_file(task))
-        specs.append(
-            evaluation.on_files(config, dict.fromkeys(datasets.SPLITS, tmp_path / f"{task}.parquet"), name=task)
-        )
+        specs.append(tasks.on_files(config, dict.fromkeys(datasets.SPLITS, tmp_path / f"{task}.parquet"), name=task))
     words = tokenizer.build()
     model = llama.new_llama(words, ArchitectureParams(hidden_size=16, intermediate_size=16, layers=1, heads=1), seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the harness's own
         from lm_eval.models.huggingface import HFLM
 
-        tasks = evaluation.load_tasks(specs, EvaluateParams())
+        loaded = evaluation.load_tasks(specs, EvaluateParams())
         harness = HFLM(pretrained=model, tokenizer=words)
         for task, told in rows.items():
-            tasks[task].build_all_requests(limit=None, rank=0, world_size=1)
-            asked = {(request.doc_id, request.idx): request.args for request in tasks[task].instances}
+            loaded[task].build_all_requests(limit=None, rank=0, world_size=1)
+            asked = {(request.doc_id, request.idx): request.args for request in loaded[task].instances}
             trained = encoding.encode(words, prompts.Prompts.load(datasets.task_file(task)).pairs(told), 128).examples
             for number, (row, example) in enumerate(zip(told, trained, strict=True)):
                 label = int(row.get("label", row.get("answer"))) if task != "world_gsm8k" else 0
                 context, said = asked[number, label]
                 if task == "world_gsm8k":
-                    said = " " + tasks[task].doc_to_target(row)
+                    said = " " + loaded[task].doc_to_target(row)
                 given, answer = harness._encode_pair(context, said)
                 assert example["input_ids"] == [*given, *answer, words.eos_token_id]
                 assert example["labels"][: len(given)] == [encoding.IGNORED] * len(given)

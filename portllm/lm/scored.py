@@ -1,0 +1,110 @@
+"""What a task's scoring gives: the harness's own metrics, and every document's answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from portllm.errors import EvaluationError
+
+NOT_METRICS = ("alias", "name", "sample_len", "sample_count")
+# what a task is judged by, in this order; any other metric comes after these
+JUDGES = ("acc", "exact_match", "word_perplexity", "perplexity", "em", "acc_norm", "mcc", "f1")
+# metrics of a document that are (right label, answered label), to be counted over all documents
+COUNTED = ("f1", "mcc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One scored document: `score` is the task's main metric on it (1.0 right, 0.0 wrong).
+
+    `metrics` and `answers` hold every filter's; `loglikelihoods` (nats) one value per choice, none for written answers.
+    """
+
+    doc_id: int
+    score: float
+    answer: str
+    target: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    answers: Mapping[str, str] = field(default_factory=dict)
+    loglikelihoods: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """One task scored on one model: the harness's own metric keys, and the answers to the documents of `split`."""
+
+    task: str
+    split: str
+    metrics: Mapping[str, float]
+    samples: tuple[Sample, ...]
+
+
+def of_results(name: str, results: Mapping[str, Any], *, split: str) -> Scored:
+    """What the harness's `evaluate` returned for the task `name`. Raises EvaluationError when it has no metric."""
+    metrics = {k: float(v) for k, v in results["results"][name].items() if _is_metric(k, v)}
+    label, _, strainer = main_metric(metrics).partition(",")
+    by_document: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for sample in sorted(results["samples"][name], key=lambda s: int(s["doc_id"])):
+        by_document.setdefault(int(sample["doc_id"]), {})[sample["filter"]] = sample
+    samples = tuple(_sample(number, told, label, strainer) for number, told in by_document.items())
+    return Scored(task=name, split=split, metrics=metrics, samples=samples)
+
+
+def main_metric(metrics: Mapping[str, float]) -> str:
+    """The key a task is judged by: accuracy, exact match or perplexity before any other. Raises EvaluationError."""
+    for judge in JUDGES:
+        for key in sorted(metrics, reverse=True):
+            if key.startswith(f"{judge},"):
+                return key
+    if not metrics:
+        raise EvaluationError("the task gives no metric that is a number; nothing can be compared by it")
+    return next(iter(metrics))
+
+
+def _sample(number: int, told: Mapping[str, Mapping[str, Any]], label: str, strainer: str) -> Sample:
+    main = told[strainer]
+    metrics = {f"{key},{name}": _number(key, s[key]) for name, s in told.items() for key in s["metrics"] if key in s}
+    return Sample(
+        doc_id=number,
+        score=metrics[f"{label},{strainer}"],
+        answer=_answer(main),
+        target=str(main["target"]),
+        metrics=metrics,
+        answers={name: _answer(sample) for name, sample in told.items()},
+        loglikelihoods=_loglikelihoods(main["resps"]),
+    )
+
+
+def _answer(sample: Mapping[str, Any]) -> str:
+    """What the model said: the text it generated, or the index of the choice it found likeliest."""
+    answers = sample["filtered_resps"]
+    if isinstance(answers[0], str):
+        return answers[0]
+    if "acc_mutual_info" in sample["metrics"]:
+        answers = answers[: len(answers) // 2]  # the others are the choices without their context
+    if isinstance(answers[0], (list, tuple)) and len(answers) > 1:
+        return str(max(range(len(answers)), key=lambda i: answers[i][0]))
+    return ""
+
+
+def _loglikelihoods(answers: Sequence[Sequence[Any]]) -> tuple[float, ...]:
+    """The log-likelihood in the first answer to each request."""
+    values = [one[0][0] if isinstance(one[0], (list, tuple)) else one[0] for one in answers if one]
+    return tuple(float(value) for value in values) if all(isinstance(v, float) for v in values) else ()
+
+
+def _is_metric(key: str, value: Any) -> bool:
+    return key not in NOT_METRICS and isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _number(metric: str, value: Any) -> float:
+    """A document's metric as a number; not a number where it is none."""
+    if isinstance(value, (list, tuple)):
+        if metric in COUNTED:
+            return float(value[0] == value[1])
+        # rolling log-likelihoods come as (log-likelihood, words); their mean is not taken per document
+        value = value[0] if value else math.nan
+    return float(value) if isinstance(value, (int, float)) else math.nan

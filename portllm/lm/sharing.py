@@ -1,0 +1,48 @@
+"""What several processes on one job tell one another; one alone needs no torch for it.
+
+All processes must make the same calls in the same order, or they wait for one another for ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from portllm import processes
+
+Value = TypeVar("Value")
+
+
+def device() -> Any:
+    """Where this process computes (torch.device): on a GPU of its own, where there are any."""
+    import torch
+
+    if processes.count() > 1:
+        return _state().device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def from_main(value: Value) -> Value:
+    """The main process's `value`."""
+    if processes.count() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    _state()
+    told: list[Value] = broadcast_object_list([value])
+    return told[0]
+
+
+def gathered(value: Value) -> list[Value]:
+    """The `value` of each process, in the order of their numbers."""
+    if processes.count() == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    _state()
+    return list(gather_object([value]))
+
+
+def _state() -> Any:
+    from accelerate import PartialState
+
+    return PartialState()  # the first call joins the other processes
