@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from portllm.errors import DataError, EvaluationError
@@ -29,8 +30,19 @@ def build(config: Mapping[str, Any], *, name: str) -> Any:
         raise DataError(f"{name}: its data cannot be read: {reason(error)}") from error
 
 
-def pairs(task: Any, *, name: str, split: str) -> Iterator[Pair]:
-    """(context, right continuation) of every row of the task's training split, without examples in the prompt.
+@dataclass(frozen=True)
+class Asked:
+    """A row as the harness asks it: `pair` with the right answer, and `question`, all of its texts that are no answer.
+
+    Rows with the same question ask the same, whatever answer they call right.
+    """
+
+    pair: Pair
+    question: str
+
+
+def rows(task: Any, *, name: str, split: str) -> Iterator[Asked]:
+    """Every row of the task's training split, without examples in the prompt.
 
     Raises DataError naming the row, EvaluationError for a kind of task that has no text to train on.
     """
@@ -54,31 +66,33 @@ def pairs(task: Any, *, name: str, split: str) -> Iterator[Pair]:
             raise DataError(f"{name}: row {number} of {split}: {told}") from error
 
 
-def _requests(task: Any, row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
-    """(the context without examples, the arguments of every request the harness makes of the row)."""
+def _requests(task: Any, row: Mapping[str, Any]) -> list[Any]:
+    """The arguments of every request the harness makes of the row, without examples."""
     context = task.fewshot_context(row, num_fewshot=0, gen_prefix=task.doc_to_prefix(row))
     made = task.construct_requests(doc=row, ctx=context, metadata=(task.task_name, 0, 1))
-    return context, [one.args for one in (made if isinstance(made, list) else [made])]
+    return [one.args for one in (made if isinstance(made, list) else [made])]
 
 
-def _compared(task: Any, row: Mapping[str, Any]) -> Pair:
+def _compared(task: Any, row: Mapping[str, Any]) -> Asked:
     """The one request of a row whose answer's likelihood is asked."""
-    _, ((context, continuation),) = _requests(task, row)
-    return _text(context, "question"), _text(continuation, "answer")
+    ((context, continuation),) = _requests(task, row)
+    pair = _text(context, "question"), _text(continuation, "answer")
+    return Asked(pair, pair[0] if pair[0].strip() else pair[1])
 
 
-def _chosen(task: Any, row: Mapping[str, Any]) -> Pair:
+def _chosen(task: Any, row: Mapping[str, Any]) -> Asked:
     """The request of the right choice; with several inputs (winogrande) the choice is in the context."""
     choices = task.doc_to_choice(row)
     gold = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
-    _, asked = _requests(task, row)
+    asked = _requests(task, row)
     context, continuation = asked[_index(gold, choices)]
-    return _text(context, "question"), _text(continuation, "answer")
+    pair = _text(context, "question"), _text(continuation, "answer")
+    return Asked(pair, "\n".join(str(text) for one in asked for text in one))
 
 
-def _generated(task: Any, row: Mapping[str, Any]) -> Pair:
+def _generated(task: Any, row: Mapping[str, Any]) -> Asked:
     """The request's context, and what an example in a few-shot prompt has after the same question."""
-    (context, *_), *_ = _requests(task, row)[1]
+    ((context, *_),) = _requests(task, row)
     target = task.doc_to_target(row)
     choices = task.doc_to_choice(row) if task.config.doc_to_choice is not None else None
     if choices is not None:
@@ -92,7 +106,7 @@ def _generated(task: Any, row: Mapping[str, Any]) -> Pair:
     open_, whole = (
         "".join(message.to_text() for message in turn(a=answer, few_delim="")) for answer in (None, str(target))
     )
-    return Generated((_text(context, "question"), whole[len(open_) :]))
+    return Asked(Generated((_text(context, "question"), whole[len(open_) :])), context)
 
 
 _KINDS = {"loglikelihood": _compared, "multiple_choice": _chosen, "generate_until": _generated}

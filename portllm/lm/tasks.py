@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from portllm.checkpoint import provenance
 from portllm.errors import DataError, EvaluationError
-from portllm.lm import own, prompts, stock
+from portllm.lm import asking, columns, own, prompts, stock, tables
 from portllm.lm.encoding import Pair
 from portllm.world import datasets
 
 if TYPE_CHECKING:
+    from pyarrow import Table
     from transformers import PreTrainedTokenizerBase
 
 Spec = str | dict[str, Any]
@@ -44,7 +45,8 @@ def spec(name: str, data: Path | None, tokenizer: PreTrainedTokenizerBase | None
         raise DataError(
             f"{folder}: has no {asked}.parquet, on which {name} is evaluated; make it with `portllm prepare`"
         )
-    return on_files(_with_splits(config, named, files), files, name=name)
+    config = {**_with_splits(config, named, files), **columns.mending(name, files[asked])}
+    return on_files(config, files, name=name)
 
 
 def training_pairs(name: str, data: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Pair]:
@@ -64,7 +66,8 @@ def training_pairs(name: str, data: Path, tokenizer: PreTrainedTokenizerBase | N
     path = split_file(data / name, str(split))
     if path is None:
         raise DataError(f"{data / name}: has no {split}.parquet; make it with `portllm prepare {name}`")
-    return list(pairs(config, path, name=name))
+    table = columns.fit(name, tables.read(path).table, where=str(path))
+    return [one.pair for one in asked(config, table, name=name, split=str(split))]
 
 
 def digests(name: str, data: Path, part: Literal["all", "training", "evaluation"] = "all") -> dict[str, str]:
@@ -88,21 +91,20 @@ def split_file(folder: Path, split: str) -> Path | None:
     return next((path for ending in BUILDERS if (path := folder / f"{split}{ending}").is_file()), None)
 
 
-def pairs(config: Mapping[str, Any], file: Path, *, name: str) -> Iterator[Pair]:
-    """(context, right continuation) of every row of `file`, as the harness makes them. Raises DataError."""
-    from portllm.lm import asking
-
-    task = asking.build(_on_one_split(config, file, name=name), name=name)
-    yield from asking.pairs(task, name=name, split=file.stem)
+def asked(config: Mapping[str, Any], table: Table, *, name: str, split: str) -> Iterator[asking.Asked]:
+    """Every row of `table` as the harness asks it. Raises DataError where a row does not fit the definition."""
+    yield from asking.rows(asking.build(_in_memory(config, table, split), name=name), name=name, split=split)
 
 
-def _on_one_split(config: Mapping[str, Any], file: Path, *, name: str) -> dict[str, Any]:
-    """The definition with `file` as its only split, trained on and asked: no other file need be there."""
-    split = file.stem
-    # without examples in the prompt, where they come from is of no consequence
-    few = {"fewshot_split": split, "fewshot_config": None}
+def _in_memory(config: Mapping[str, Any], table: Table, split: str) -> dict[str, Any]:
+    """The definition with `table` as its only split, trained on and asked: no file is read, none is cached."""
+    import datasets as hub
+
+    rows = hub.Dataset(hub.table.InMemoryTable(table))
+    few = {"fewshot_split": None, "fewshot_config": {"samples": []}}  # no prompt here has examples
     only = {"training_split": split, "validation_split": split, "test_split": None, **few}
-    return on_files({**config, **only}, {split: file}, name=name)
+    nothing = {"dataset_path": None, "dataset_name": None, "dataset_kwargs": None}
+    return {**config, **only, **nothing, "custom_dataset": lambda **_: {split: rows}}
 
 
 def _with_splits(config: Mapping[str, Any], named: Mapping[str, str], files: Mapping[str, Path]) -> dict[str, Any]:
