@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from portllm.algebra.statistics import bootstrap_difference, mcnemar_p, wilson
@@ -13,6 +13,8 @@ from portllm.reporting.evidence import Evaluation, Evidence
 
 ARMS = ("base", "tuned", "ported", "retuned")
 MAIN_METRICS = ("exact_match,strict-match", "acc,none", "exact_match,none", "acc_norm,none")
+# a task may have several scores, or one by several filters; those that lie between 0 and 1
+SHARES = ("acc", "acc_norm", "exact_match", "f1", "mcc")
 FORMAT_METRIC = "format"
 LEAST_GAIN = 0.02  # re-tuning must gain this much for a recovery to mean anything
 WITHIN = 0.05  # "close to re-tuning" everywhere in the report
@@ -62,6 +64,7 @@ class Cell:
     recovery: float | None
     against_retuned: Pairing | None
     flips: Flips | None
+    others: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # metric → arm → value
 
     def value(self, arm: str) -> float | None:
         """The arm's score, or None where it was not measured."""
@@ -147,7 +150,18 @@ def _cell(evidence: Evidence, release: str, task: str, params: ReportParams) -> 
         recovery=recovery(values["base"], values.get("ported"), values.get("retuned")),
         against_retuned=pair(ported, retuned, params) if ported and retuned else None,
         flips=flips(tuned, ported) if tuned and ported else None,
+        others=_others(evaluation, task, metric),
     )
+
+
+def _others(evaluation: Evaluation, task: str, main: str) -> dict[str, dict[str, float]]:
+    """The harness's other shares of a task, by metric and arm: gsm8k's second filter, mrpc's F1."""
+    found: dict[str, dict[str, float]] = {}
+    for arm in ARMS:
+        for metric, value in evaluation.metrics.get((task, arm, None if arm == "base" else task), {}).items():
+            if metric != main and metric.partition(",")[0] in SHARES:
+                found.setdefault(metric, {})[arm] = value
+    return found
 
 
 def _score(evaluation: Evaluation, key: tuple[str, str, str | None], metric: str) -> Score:

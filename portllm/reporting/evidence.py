@@ -40,6 +40,7 @@ class Cost:
     wall_seconds: float
     peak_rss_bytes: int | None
     trainable_parameters: int | None
+    peak_cuda_bytes: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,7 @@ def read_cost(path: Path) -> Cost:
             wall_seconds=float(tree["wall_seconds"]),
             peak_rss_bytes=tree.get("peak_rss_bytes"),
             trainable_parameters=tree.get("trainable_parameters"),
+            peak_cuda_bytes=tree.get("peak_cuda_bytes"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: not a cost file of ours ({error!r}); delete it and run `dvc repro` again") from error

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from portllm.params import Params
-from portllm.reporting import arms, costs, knowledge, weights
+from portllm.reporting import arms, costs, knowledge, paper, weights
 from portllm.reporting.arms import Cell, Control, mean
 from portllm.reporting.costs import CostPair, StageCost
 from portllm.reporting.evidence import Curve, Evidence
 from portllm.reporting.knowledge import Knowledge
+from portllm.reporting.paper import Beside
 from portllm.reporting.weights import Drift, Residual, Unmeasured
 
 
@@ -49,6 +50,7 @@ class Findings:
     curves: tuple[Curve, ...]
     costs: tuple[CostPair, ...]
     stages: tuple[StageCost, ...]
+    published: Beside = Beside()
 
     @property
     def first(self) -> str:
@@ -97,6 +99,7 @@ def find(evidence: Evidence, *, params: Params, models: Path) -> Findings:
         curves=evidence.curves,
         costs=costs.pairs(evidence),
         stages=costs.stages(evidence),
+        published=paper.beside(params),
     )
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 7.2
+LONG_NAMES = 30  # characters that fit side by side under half a page
 LABELS = {
     "arms": "Share of right answers of each arm, release by release, with 95% intervals. "
     "The dashed line is what the patch scored where it was made.",
@@ -37,7 +38,10 @@ def draw(findings: Findings) -> dict[str, str]:
 
     makers: dict[str, tuple[bool, Callable[[Findings], Figure]]] = {
         "arms": (True, _arms),
-        "knowledge": (any(k.release != findings.first for k in findings.knowledge), _knowledge),
+        "knowledge": (
+            any(k.release != findings.first and (k.recall or k.perplexity is not None) for k in findings.knowledge),
+            _knowledge,
+        ),
         "drift": (bool(findings.drifts), lambda found: heat_map(found.drifts)),
         "training": (any(c.steps for c in findings.curves), _training),
         "cost": (bool(findings.costs), _cost),
@@ -59,6 +63,8 @@ def _arms(findings: Findings) -> Figure:
             axes.axhline(level, color=ARM_COLOURS["tuned"], linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         axes.set_title(task + (f" {DAGGER}" if task in findings.unknown_tasks else ""))
         axes.set_xticks(range(len(findings.releases)), findings.releases)
+        if sum(map(len, findings.releases)) > LONG_NAMES:
+            axes.tick_params(axis="x", labelrotation=20)
         axes.set_xlim(-0.5, len(findings.releases) - 0.5)
         axes.set_ylim(-3, 103)
         axes.set_yticks(range(0, 101, 25))

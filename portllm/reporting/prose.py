@@ -21,6 +21,15 @@ KNOWLEDGE = (
     "A release brings changed and new facts; kept facts were true before. A good port knows the news as the bare "
     "release does, the old tuned model cannot. Perplexity is on unseen text about the release's facts: lower is better."
 )
+SURPRISE = (
+    "Perplexity on text of the kind the release was made from, which it has not read: lower is better. A good port "
+    "expects it as the bare release does, the old tuned model less."
+)
+PUBLISHED = (
+    "Figures of papers on the same model and task, beside ours under the same patch settings. Theirs were made with "
+    "other data, versions and machines: near is what to hope for, equal is not to be expected."
+)
+ABSENT = "Sections that had nothing to say."
 DRIFT = (
     "Drift is ‖θ' − θ‖ / ‖θ‖ (Frobenius norm), per module and in all: how far a release's weights lie from an earlier "
     "one's. Large drift is a warning, not a verdict: there is no universal threshold, so read it beside the scores."
@@ -39,6 +48,7 @@ COST = (
     "small model starting up dominates both; the ratio grows with the model. Porting trains nothing and reads no data."
 )
 NO_PROBE = "No probe was recorded when the base was made."
+NO_PAPER = "The paper's figures for this model are left out, as the settings differ: {how}."
 NO_NEWS = "No later release was asked about its own corpus."
 NO_DRIFT = "There is no later release to compare with the first."
 NO_RESIDUAL = "No patch was re-tuned on a later release, so R is not known."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from portllm.reporting import formats as f
 from portllm.reporting import prose
@@ -45,7 +45,11 @@ def arms(findings: Findings) -> Section:
         title="The arms, per task and release",
         reading=prose.ARMS,
         pictures=("arms",),
-        tables=(*(_arm_table(findings, release) for release in findings.releases[1:]), _first_table(findings)),
+        tables=(
+            *(_arm_table(findings, release) for release in findings.releases[1:]),
+            _first_table(findings),
+            *_other_metrics(findings),
+        ),
         notes=(
             prose.ARMS_NOTE.format(least=f.points(LEAST_GAIN).lstrip("+")),
             _control_note(findings),
@@ -155,6 +159,32 @@ def _first_table(findings: Findings) -> Table:
     )
 
 
+def _other_metrics(findings: Findings) -> Iterator[Table]:
+    """What else the harness scored the tasks by; nothing where each has one score only."""
+    first = {cell.task: cell.others for cell in findings.on(findings.first)}
+    rows = [
+        row(
+            cell.release,
+            task_name(findings, cell.task),
+            metric,
+            f.percent(values.get("base")),
+            f.percent(first.get(cell.task, {}).get(metric, {}).get("tuned")),
+            f.percent(values.get("ported")),
+            f.percent(values.get("retuned")),
+        )
+        for release in findings.releases[1:]
+        for cell in findings.on(release)
+        for metric, values in sorted(cell.others.items())
+    ]
+    if rows:
+        yield Table(
+            caption="The same answers by the harness's other metrics (%)",
+            head=("release", "task", "metric", "base", f"tuned ({findings.first})", "ported", "retuned"),
+            rows=tuple(rows),
+            labels=3,
+        )
+
+
 def _control_note(findings: Findings) -> str:
     if not findings.controls:
         return f"Control: not measured (no task has both a tuned and a ported arm on {findings.first})."
@@ -170,17 +200,17 @@ def _control_note(findings: Findings) -> str:
 def knowledge(findings: Findings) -> Section:
     places = dict.fromkeys((k.release, k.corpus) for k in findings.knowledge)
     later = [place for place in places if place[0] != findings.first]
+    facts = any(k.recall for k in findings.knowledge)
     return Section(
         slug="knowledge",
         title="What each arm knows of the news",
-        reading=prose.KNOWLEDGE,
+        reading=prose.KNOWLEDGE if facts or not later else prose.SURPRISE,
         pictures=("knowledge",) if later else (),
         tables=tuple(
             table
             for release, corpus in later
             for table in (_knowledge_means(findings, release, corpus), _knowledge_table(findings, release, corpus))
         ),
-        notes=() if later else (prose.NO_NEWS,),
     )
 
 
@@ -194,7 +224,7 @@ def _knowledge_means(findings: Findings, release: str, corpus: str) -> Table:
         patches = f.DASH if arm == "base" else str(len(group))
         rows.append(row(ARM_NAMES[arm], *recalled, f.number(mean(k.perplexity for k in group)), patches))
     return Table(
-        caption=f"{release}, asked about {corpus}: recall in %, mean over patches",
+        caption=f"{release}, asked about {corpus}: {_asked(kinds)}, mean over patches",
         head=("arm", *_recall_head(kinds), "perplexity", "patches"),
         rows=tuple(rows),
     )
@@ -204,12 +234,16 @@ def _knowledge_table(findings: Findings, release: str, corpus: str) -> Table:
     here = [k for k in findings.knowledge if (k.release, k.corpus) == (release, corpus)]
     kinds = _kinds(here)
     return Table(
-        caption=f"{release}, asked about {corpus}: recall in %, patch by patch",
+        caption=f"{release}, asked about {corpus}: {_asked(kinds)}, patch by patch",
         head=("arm", "patch for", *_recall_head(kinds), "perplexity"),
         rows=tuple(row(ARM_NAMES[k.arm], k.patch_task or f.DASH, *_known(k, kinds)) for k in here),
         labels=2,
         folded=True,
     )
+
+
+def _asked(kinds: list[str]) -> str:
+    return "recall in %" if kinds else "perplexity of unseen text"
 
 
 def _kinds(rows: Iterable[Knowledge]) -> list[str]:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 from safetensors.torch import load_file
 
 from portllm.errors import DataError, OutputError
+from portllm.params import EvolveParams, ReleaseParams
 from portllm.reporting import pictures
 from portllm.verbs import report
 
@@ -295,3 +297,39 @@ def test_importing_the_verb_loads_nothing_heavy() -> None:
     code = f"import sys, portllm.verbs.report; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_real_tasks_on_a_tree_of_releases_without_probes_or_facts(fabricate: Fabricate, tmp_path: Path) -> None:
+    tree = fabricate(tmp_path, tasks=("boolq", "gsm8k"), releases=("v0", "openorca", "openplatypus"), rows=12, layers=1)
+    later = {name: ReleaseParams(base="v0") for name in tree.releases[1:]}
+    tree.params = replace(tree.params, evolve=EvolveParams(releases=later))
+    for name in tree.releases:
+        edit(tree.release(name) / "release.json", lambda found: found.update(probe={}))
+        edit(tree.paths()["evaluated"] / f"{name}.json", as_real)
+    record = tree.run()
+    assert set(record.metrics["openplatypus"]["drift"]) == {"from_v0"}, "every update comes from v0"
+    text = (tree.paths()["out"] / "report.md").read_text()
+    assert "| openorca | gsm8k | exact_match,flexible-extract |" in text
+    assert "perplexity of unseen text" in text
+    assert "facts |" not in text
+    assert "What the base knows before any patch: no probe was recorded" in text
+    assert "## What the base knows before any patch" not in text
+    # nothing of what it never read is asked about either
+    for name in tree.releases:
+        edit(tree.paths()["evaluated"] / f"{name}.json", without_news)
+    tree.run(force=True)
+    text = (tree.paths()["out"] / "report.md").read_text()
+    assert "What each arm knows of the news: no later release was asked" in text
+    assert "## What each arm knows of the news" not in text
+
+
+def as_real(tree: Any) -> None:
+    """No facts are asked of a real release, and gsm8k is scored by two filters."""
+    tree["results"] = [row for row in tree["results"] if not row["task"].endswith("_recall")]
+    for row in tree["results"]:
+        if row["task"] == "gsm8k":
+            row["metrics"]["exact_match,flexible-extract"] = 0.5
+
+
+def without_news(tree: Any) -> None:
+    tree["results"] = [row for row in tree["results"] if not row["task"].endswith("_perplexity")]

@@ -1,0 +1,121 @@
+"""Published figures, to stand beside ours: only those we know, each with source and setting, only where they fit.
+
+Scores are shares. A figure is shown for its own model and task, and where params.yaml keeps the paper's protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from portllm.params import ALL_LINEARS, Params
+
+PORTLLM = "PortLLM (arXiv:2410.10870)"
+FOLLOW_UP = "follow-up (arXiv:2607.20301)"
+MISTRAL = "Mistral-7B-v0.1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """Three arms of one task on an updated release of one model."""
+
+    source: str
+    setting: str
+    model: str
+    task: str
+    base: float
+    ported: float
+    retuned: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """What a patch costs on one task and model: by LoRA training, and by porting. Memory is summed over the GPUs."""
+
+    source: str
+    model: str
+    task: str
+    trained_parameters: int
+    trained_memory_gigabytes: float
+    trained_gpu_hours: float
+    ported_memory_gigabytes: float
+    ported_gpu_hours: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """The published figures that fit an experiment; where its model has some and it differs, `differences` says how."""
+
+    scores: tuple[Published, ...] = ()
+    price: Price | None = None
+    differences: tuple[str, ...] = ()
+
+
+def _later(task: str, base: float, ported: float, retuned: float) -> Published:
+    setting = "a Mistral after LoRA updates, ten in a row, three seeds"
+    return Published(
+        source=FOLLOW_UP, setting=setting, model=MISTRAL, task=task, base=base, ported=ported, retuned=retuned
+    )
+
+
+SCORES = (
+    Published(
+        source=PORTLLM,
+        setting="zero-shot, after one update by continued pretraining",
+        model=MISTRAL,
+        task="gsm8k",
+        base=0.1516,
+        ported=0.4132,
+        retuned=0.3495,
+    ),
+    _later("winogrande", 0.741, 0.855, 0.846),
+    _later("boolq", 0.832, 0.901, 0.902),
+    _later("gsm8k", 0.168, 0.703, 0.699),
+)
+PRICE = Price(
+    source=PORTLLM,
+    model=MISTRAL,
+    task="sst2",
+    trained_parameters=20_971_520,
+    trained_memory_gigabytes=350.61,
+    trained_gpu_hours=40.65,
+    ported_memory_gigabytes=28.71,
+    ported_gpu_hours=0.0083,
+)
+
+
+def beside(params: Params) -> Beside:
+    """What is published about the experiment `params` describes."""
+    model = params.fetch.source.partition("@")[0].rstrip("/").rpartition("/")[2]
+    scores = tuple(one for one in SCORES if one.model == model and one.task in params.tasks)
+    price = PRICE if model == PRICE.model and PRICE.task in params.tasks else None
+    if not scores and price is None:
+        return Beside()
+    differences = tuple(_differences(params))
+    return Beside(differences=differences) if differences else Beside(scores=scores, price=price)
+
+
+def _differences(params: Params) -> Iterator[str]:
+    """Where the experiment leaves the paper's protocol."""
+    train, optim, lora = params.train, params.train.optim, params.train.lora
+    pairs: tuple[tuple[str, object, object], ...] = (
+        ("train.lora.r", lora.r, 8),
+        ("train.lora.alpha", lora.alpha, 16),
+        ("train.lora.dropout", lora.dropout, 0.1),
+        ("train.lora.target_modules", sorted(lora.target_modules), sorted(ALL_LINEARS)),
+        ("train.optim.learning_rate", optim.learning_rate, 1e-4),
+        ("train.optim.epochs", optim.epochs, 10.0),
+        ("train.optim.max_steps", optim.max_steps, 0),
+        ("rows per step", optim.batch_size * optim.gradient_accumulation, 4),
+        ("train.max_length", train.max_length, 256),
+        ("evaluate.num_fewshot", params.evaluate.num_fewshot, 0),
+        ("evaluate.limit", params.evaluate.limit, 0),
+        ("prepare.limit", params.prepare.limit, 0),
+    )
+    for name, ours, theirs in pairs:
+        if ours != theirs:
+            yield f"{name} is {ours}, theirs {theirs}"
+    if overridden := sorted(set(train.per_task) & set(params.tasks)):
+        yield f"train.per_task changes {', '.join(overridden)}"
+    if any(recipe.source for recipe in params.evolve.releases.values()):
+        yield "the releases are real ones, theirs are made by continued pretraining"
