@@ -97,10 +97,11 @@ def training_bytes(
     shape: Shape, trainable: int, micro_tokens: int, pace: Pace, optim: OptimParams, four_bit: bool
 ) -> int:
     """Memory at the peak of a step: weights, what AdamW keeps of what is trained, activations, the head's logits."""
-    weights = _weights_bytes(shape, pace, four_bit)
-    states = 16 * trainable  # float32 each: weight, gradient, two moments
+    # float32 each: weight, gradient, two moments; what is not trained lies there as it is computed with
+    frozen = _weights_bytes(shape, pace, four_bit) if trainable < shape.parameters else 0
+    states = 16 * trainable
     logits = micro_tokens * shape.vocabulary * (pace.element_bytes + 8)  # as computed, in float32, its gradient
-    return int(weights + states + logits + activation_bytes(shape, micro_tokens, pace.element_bytes, optim))
+    return int(frozen + states + logits + activation_bytes(shape, micro_tokens, pace.element_bytes, optim))
 
 
 def activation_bytes(shape: Shape, tokens: int, element_bytes: int, optim: OptimParams) -> int:
