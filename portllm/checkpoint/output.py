@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from portllm import processes
-from portllm.errors import OutputError
+from portllm.errors import MachineError, OutputError, PortllmError
 
 STALE_SECONDS = 24 * 3600
 
@@ -34,8 +34,8 @@ def staged(
 ) -> Iterator[Path]:
     """A directory beside `out` to write into; it becomes `out` when the block ends without error.
 
-    With a `key`, which names the work, the block may fill `kept(out, key)`: that outlives a kill or Ctrl-C, so that the
-    next run under the same key goes on from there; any other ending of a run removes it.
+    With a `key`, which names the work, the block may fill `kept(out, key)`: that outlives a kill, Ctrl-C or crash, so that
+    the next run under the same key goes on from there; an error that would come again removes it, as does the end.
 
     Raises OutputError when `out` is one of `inputs` or lies in one of them, when it exists and is
     not empty (unless `force`), when another process is writing it, or when the disk refuses.
@@ -86,7 +86,7 @@ def staged_file(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _keeping(out: Path, key: str | None) -> Iterator[None]:
-    """Remove what was kept of other work now, and all of it in the end, unless the run is stopped from outside."""
+    """Remove what was kept of other work now, and all of it in the end, unless the run is stopped or crashes."""
     place = _beside(out, "kept")
     if key is None:
         shutil.rmtree(place, ignore_errors=True)
@@ -95,8 +95,9 @@ def _keeping(out: Path, key: str | None) -> Iterator[None]:
             shutil.rmtree(other, ignore_errors=True)
     try:
         yield
-    except Exception:
-        shutil.rmtree(place, ignore_errors=True)
+    except (PortllmError, OSError) as error:
+        if not isinstance(error, MachineError):  # memory or another process: next time there may be enough
+            shutil.rmtree(place, ignore_errors=True)
         raise
     shutil.rmtree(place, ignore_errors=True)
 

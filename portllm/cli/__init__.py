@@ -10,6 +10,7 @@ judging.py    verify, report, register, fingerprint
 doctor.py     doctor
 options.py    flags generated from the sections of params.py, and those all verbs share
 running.py    progress, tracking, cost and the JSON object, shared by every command
+launching.py  the same command on all GPUs, by accelerate launch
 lineage.py    what each verb read and wrote, for the tracker
 """
 
@@ -17,9 +18,9 @@ from __future__ import annotations
 
 import click
 
-from portllm import __version__
+from portllm import __version__, processes
 from portllm.cli import data, doctor, judging, porting, releases, scoring, training
-from portllm.cli.running import Settings, Verbs, hush
+from portllm.cli.running import Settings, Verbs, hush, join_the_others
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -38,8 +39,10 @@ def main(ctx: click.Context, verbose: int, quiet: bool, track: bool | None) -> N
       portllm evaluate new-base --patch my-patch --tasks boolq --out scores.json
       portllm fingerprint new-base
     """
+    join_the_others()
+    quiet = quiet or not processes.is_main()
     hush(quiet=quiet)
-    ctx.obj = Settings(verbose=verbose, quiet=quiet, track=track)
+    ctx.obj = Settings(verbose=verbose, quiet=quiet, track=track if processes.is_main() else False)
 
 
 for command in (

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from portllm import params
+from portllm import params, processes
 from portllm.errors import PortllmError
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ ORPHAN_POLL_SECONDS = 0.5
 # DVC runs a stage in $SHELL, else in sh; some of them stay as the stage's parent
 SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish", "busybox"})
 PLAIN_SECONDS = 5.0
+# what ends one of several processes mostly ends the main one alike, which says so and has the launcher end the others
+OTHERS_WAIT_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,11 +68,26 @@ class Verbs(click.Group):
         except PortllmError as error:
             if ctx.params.get("verbose", 0) > 1:
                 raise
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error{_of_which_process()}: {error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("Stopped.", err=True)
+            if processes.is_main():
+                click.echo("Stopped.", err=True)
             ctx.exit(130)
+
+
+def _of_which_process() -> str:
+    """Nothing in the main process; the others give it time to say the same first."""
+    if processes.is_main():
+        return ""
+    time.sleep(OTHERS_WAIT_SECONDS)
+    return f" in process {processes.index()} of {processes.count()}"
+
+
+def join_the_others() -> None:
+    """Clean up when the launcher ends this process because another one of the same job failed."""
+    if processes.count() > 1:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 class Stage:
@@ -82,6 +100,7 @@ class Stage:
         self._bar: Any = None
         self._started_at = self._shown_at = time.monotonic()
         self.cost: dict[str, Any] = {}
+        self.figures: dict[str, float] = {}
         self.bytes_done = 0
 
     def progress(self, done: int, total: int, note: str = "", *, unit: str = "it") -> None:
@@ -117,9 +136,25 @@ class Stage:
         """Hand metrics of one step to the tracker."""
         self.tracker.metrics(step, values)
 
+    def note(self, text: str) -> None:
+        """Say a line that a user should know of."""
+        if not self._settings.quiet:
+            click.echo(f"{self._verb}: {text}", err=True)
+
+    def took(self, figures: Mapping[str, float]) -> None:
+        """What training took: for --cost, for the tracker, and as a line on stderr."""
+        from portllm.lm import machine
+
+        self.cost.update(figures)
+        self.figures = dict(figures)
+        self.close()
+        self.note(machine.usage(self.figures))
+
     def finish(self, **told: Any) -> None:
         """Hand the result and what was read and written to the tracker (see tracking.Tracker.finish)."""
         self.close()
+        if self.figures:
+            told["metrics"] = {**(told.get("metrics") or {}), **self.figures}
         self.tracker.finish(**told)
 
     def close(self) -> None:
@@ -142,7 +177,7 @@ def stage(verb: str, *, name: str, section: Any, opts: Common, always: bool = Fa
     from portllm.tracking import track
 
     settings = click.get_current_context().find_object(Settings) or Settings()
-    _follow_parent()
+    follow_parent()
     root = Path(os.environ.get(DVC_ROOT, "."))
     flat = params.as_tree(section) if section is not None else {}
     with track(
@@ -170,6 +205,8 @@ def place(out: Path) -> str:
 
 def answer(record: Mapping[str, Any], *, as_json: bool, line: str) -> None:
     """The verb's one answer on stdout: a JSON object, or a line for people."""
+    if not processes.is_main():
+        return
     text = json.dumps(record, ensure_ascii=False) if as_json else line
     click.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))  # a file name may be no UTF-8
 
@@ -192,7 +229,7 @@ def _write_cost(path: Path, cost: Mapping[str, Any]) -> None:
         file.write_text(dumps({**cost, **measured()}), encoding="utf-8")
 
 
-def _follow_parent() -> None:
+def follow_parent() -> None:
     """End this process when the DVC that started it is gone, so that a killed pipeline leaves no stage running."""
     if DVC_ROOT not in os.environ:
         return

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from portllm import params
+from portllm.cli.launching import launchable
 from portllm.cli.options import DIRECTORY, FORCE, OUT, apply, common, of_section
 from portllm.cli.running import Common, answer, place, stage
 
@@ -22,6 +23,7 @@ from portllm.cli.running import Common, answer, place, stage
 @OUT
 @FORCE
 @of_section("train", params.TrainParams)
+@launchable
 @common
 def train(
     base: str,
@@ -38,6 +40,7 @@ def train(
     Examples:
       portllm train --base models/releases/v0 --task world_boolq --data data/tasks --out my-patch
       portllm train --base new-base --task world_sst2 --data data/tasks --out r4 --lora-r 4 --max-steps 100
+      portllm train --launch configs/accelerate/gpus-ddp.yaml --base models/releases/v0 --task sst2 --out my-patch
     """
     from portllm.cli.lineage import of_patch
     from portllm.lm.hub import resolve
@@ -48,7 +51,7 @@ def train(
     with stage("train", name=name, section=section, opts=opts) as running:
         record = verb.run(
             base=resolve(base), task=task, data=data, out=out, params=section, force=force,
-            on_metrics=running.metrics, on_progress=running.progress,
+            on_metrics=running.metrics, on_progress=running.progress, on_cost=running.took, on_note=running.note,
         )  # fmt: skip
         running.cost.update(release=out.parent.name, task=task)
         running.cost["trainable_parameters"] = int(record.metrics["trainable_parameters"])
