@@ -38,7 +38,8 @@ class PrepareParams:
     """Where datasets come from: the embedded world, DATA/<name>/<split>.parquet|jsonl|csv, or the hub.
 
     `train_rows`, `test_rows` and `documents` size the embedded world; `limit` (0: none) cuts real training splits;
-    `revisions` pins the hub's datasets by task; `corpora` says what each release reads.
+    `revisions` pins the hub's datasets by task; `corpora` says what each release reads. A user's own rows are asked
+    as `output_type` says; where they come as one file, the share `held_out` is set apart for validation and for test.
     """
 
     seed: int = 0
@@ -47,8 +48,16 @@ class PrepareParams:
     documents: int = 24000
     data: str = "data/local"
     limit: int = 0
+    output_type: Literal["loglikelihood", "generate_until", "multiple_choice"] = "loglikelihood"
+    held_out: float = 0.1
     revisions: Mapping[str, str] = field(default_factory=dict)
     corpora: Mapping[str, CorpusParams] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 0.5:
+            raise ParamsError(f"prepare.held_out is {self.held_out}; expected a share above 0 and below 0.5")
+        if self.limit < 0:
+            raise ParamsError(f"prepare.limit is {self.limit}; expected a number of rows, or 0 for all")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The record files that make a directory complete: patch.json, port.json, release.json.
+"""The record files that make a directory complete: patch.json, port.json, release.json, dataset.json.
 
 A directory with its record is whole, one without it is not. Records hold no absolute path, no host
 name and no clock: the same inputs give byte-identical records.
@@ -154,12 +154,21 @@ class ReleaseRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetRecord:
-    """What `prepare` wrote: sha256 and number of rows of each split."""
+class DatasetRecord(Record):
+    """dataset.json: what `prepare` wrote, from what, and what it decided.
 
+    `digests` and `rows` are of each split written; `source` is `world`, `local` or a dataset of the hub at `revision`;
+    `files` holds the sha256 of each file read; `decisions` counts what was changed, left out or found.
+    """
+
+    FILE: ClassVar[str] = "dataset.json"
     dataset: str
-    digests: Mapping[str, str]
-    rows: Mapping[str, int]
+    source: str
+    revision: str | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    decisions: Mapping[str, int] = field(default_factory=dict)
 
 
 def dumps(tree: Any) -> str:

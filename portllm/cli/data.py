@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from portllm import params
 from portllm.cli.options import FORCE, JSON, OUT, apply, common, of_section
 from portllm.cli.running import Common, answer, stage
+
+# what a count in dataset.json means, for people
+DECISIONS: Mapping[str, str] = {
+    "beyond_limit": "{} rows left out: the limit",
+    "byte_order_marks": "{} files began with a byte order mark: taken off",
+    "columns_not_used": "{} columns have no use: left out",
+    "duplicates": "{} training rows stand there more than once: kept",
+    "empty": "{} rows have no prompt or no answer: left out",
+    "files_not_used": "{} files belong to no split of the task: not read",
+    "held_out": "{} rows set apart for validation and test",
+    "overlap": "{} training rows are asked in evaluation too: taken out of the training rows",
+    "overlap_kept": "{} training rows are asked in evaluation too, and kept: the definition makes rows of its own",
+    "spaces_added": "{} completions would stick to their prompt: they now begin with a space",
+}
 
 
 @click.command(short_help="A task's data, or a release's corpus.")
@@ -22,24 +37,45 @@ from portllm.cli.running import Common, answer, stage
 def prepare(dataset: str, out: Path, force: bool, opts: Common, **flags: Any) -> None:
     """A task's data, or a release's corpus, as parquet splits in the hub's columns.
 
+    DATASET is a task of the embedded world or of the LM Evaluation Harness, a name of your own, or corpus_RELEASE.
+    Data are read from --data DIR (DIR/DATASET/<split>.parquet, .jsonl or .csv), else from the hub at one commit.
+    Rows of your own have the columns prompt and completion, or messages; a single DIR/DATASET.jsonl is split by chance.
+
     \b
     Examples:
-      portllm prepare world_boolq --out data/world_boolq
+      portllm prepare world_boolq --out data/tasks/world_boolq
+      portllm prepare sst2 --out data/tasks/sst2
+      portllm prepare tickets --data mine --out data/tasks/tickets
       portllm prepare corpus_v1 --out data/corpora/v1 --seed 7
     """
     from portllm.cli.lineage import of_dataset
     from portllm.verbs import prepare as verb
 
-    section = apply(params.load(opts.params_file).prepare, flags, where="prepare")
+    whole = params.load(opts.params_file)
+    section = apply(whole.prepare, flags, where="prepare")
+    text = _text(whole, dataset.removeprefix(verb.CORPUS))
     with stage("prepare", name=f"prepare {dataset}", section=section, opts=opts) as running:
-        record = verb.run(dataset=dataset, out=out, params=section, force=force)
+        record = verb.run(dataset=dataset, out=out, params=section, text=text, force=force)
         running.finish(**of_dataset(record, out))
-    rows = ", ".join(f"{n} {split}" for split, n in record.rows.items())
+        for name, count in record.decisions.items():
+            running.note(f"{dataset}: {DECISIONS[name].format(count)}")
+    rows = ", ".join(f"{n} {split}" for split, n in record.rows.items()) or "no"
     answer({"out": str(out), **dataclasses.asdict(record)}, as_json=opts.as_json, line=f"{out}: {rows} rows")
 
 
+def _text(whole: params.Params, release: str) -> Literal["world", "corpora", "none"]:
+    """Where the text of a release comes from: a real one (of the hub, say) is not trained on any."""
+    if release in whole.evolve.releases:
+        real = whole.evolve.releases[release].source is not None
+    else:
+        real = whole.fetch.source not in ("world", "scratch")
+    if real:
+        return "none"
+    return "world" if whole.fetch.source == "world" else "corpora"
+
+
 @click.command(short_help="The tasks known.")
-@click.option("--all", "everything", is_flag=True, help="The harness's own tasks too (some seconds).")
+@click.option("--all", "everything", is_flag=True, help="The harness's own tasks too (a second or more).")
 @JSON
 def tasks(everything: bool, as_json: bool) -> None:
     """The tasks known: the embedded world's, and the LM Evaluation Harness's own.
@@ -50,5 +86,11 @@ def tasks(everything: bool, as_json: bool) -> None:
     """
     from portllm.verbs import tasks as verb
 
-    names = verb.run(everything=everything)
-    answer({"tasks": names}, as_json=as_json, line="\n".join(names))
+    known = verb.run(everything=everything)
+    width = max(len(one.task) for one in known)
+    lines = [f"{one.task:{width}}  {one.output_type:22} {'' if one.trainable else 'evaluation only'}" for one in known]
+    answer(
+        {"tasks": [dataclasses.asdict(one) for one in known]},
+        as_json=as_json,
+        line="\n".join(line.rstrip() for line in lines),
+    )

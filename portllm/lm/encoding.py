@@ -1,8 +1,8 @@
 """Text to tokens: (context, continuation) pairs, cut as the harness cuts them.
 
-The rules are those of lm-eval 0.4.13's HFLM (`loglikelihood`, `_encode_pair`, `tok_encode`, `tok_batch_encode`), so that
-a patch is trained on the very tokens it is asked with. They are stated again here because the embedded world is trained
-without importing the harness (seconds for each stage); the tests let the harness itself say what it feeds.
+The rules are those of lm-eval 0.4.13's HFLM (`loglikelihood`, `_encode_pair`, `tok_encode`, `tok_batch_encode`), so
+that a patch is trained on the very tokens it is asked with. They are stated again here because the embedded world is
+trained without importing the harness (seconds for each stage); the tests let the harness itself say what it feeds.
 """
 
 from __future__ import annotations

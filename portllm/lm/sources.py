@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,8 +59,19 @@ def local(data: Path, name: str, splits: Sequence[str] | None = None) -> Loaded:
     )
 
 
-def hub(repo: str, config: str | None, splits: Sequence[str], revision: str | None, **settings: Any) -> Loaded:
-    """Splits of a dataset of the hub at one commit: `revision`, or what it stands for now. Raises DataError."""
+def hub(
+    repo: str,
+    config: str | None,
+    splits: Sequence[str],
+    revision: str | None,
+    *,
+    choose: Callable[[int], Sequence[int]] | None = None,
+    **settings: Any,
+) -> Loaded:
+    """Splits of a dataset of the hub at one commit: `revision`, or what it stands for now.
+
+    `choose` names the rows to keep out of so many; the others never come into memory. Raises DataError.
+    """
     import datasets
 
     commit = resolve(repo, revision)
@@ -68,7 +79,8 @@ def hub(repo: str, config: str | None, splits: Sequence[str], revision: str | No
     for split in splits:
         with _reasons(f"{repo}@{commit[:8]}: split {split}"):
             rows = datasets.load_dataset(repo, config, split=split, revision=commit, **settings)
-            found[split] = rows.with_format("arrow")[:]
+            kept = rows if choose is None else rows.select(choose(len(rows)))
+            found[split] = kept.with_format("arrow")[:]
     return Loaded(splits=found, source=repo, revision=commit)
 
 

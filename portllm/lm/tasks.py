@@ -101,7 +101,7 @@ def _in_memory(config: Mapping[str, Any], table: Table, split: str) -> dict[str,
     import datasets as hub
 
     rows = hub.Dataset(hub.table.InMemoryTable(table))
-    few = {"fewshot_split": None, "fewshot_config": {"samples": []}}  # no prompt here has examples
+    few: dict[str, Any] = {"fewshot_split": None, "fewshot_config": {"samples": []}}  # no prompt here has examples
     only = {"training_split": split, "validation_split": split, "test_split": None, **few}
     nothing = {"dataset_path": None, "dataset_name": None, "dataset_kwargs": None}
     return {**config, **only, **nothing, "custom_dataset": lambda **_: {split: rows}}

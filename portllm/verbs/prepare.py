@@ -1,34 +1,49 @@
-"""prepare: one dataset, made or fetched, checked and written as parquet splits in the hub's columns."""
+"""prepare: one dataset, made, read or fetched, checked, and written as parquet splits in the hub's columns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from portllm.checkpoint.fingerprint import file_digest
 from portllm.checkpoint.output import staged
 from portllm.checkpoint.records import DatasetRecord
 from portllm.errors import DataError
+from portllm.lm import corpora as real
+from portllm.lm import preparing, sources, tables
 from portllm.params import PrepareParams
 from portllm.world import corpora, datasets
 
 Rows = Sequence[Mapping[str, Any]]
-CORPUS = "corpus_v"
+WORLD = "world"
+CORPUS = "corpus_"
+# where the text of a release comes from: the embedded world, prepare.corpora, or nowhere (it is not trained on any)
+Text = Literal["world", "corpora", "none"]
 
 
-def run(*, dataset: str, out: Path, params: PrepareParams, force: bool = False) -> DatasetRecord:
-    """Write `out/<split>.parquet` for one dataset of the embedded world: a task, or `corpus_vN`.
+def run(*, dataset: str, out: Path, params: PrepareParams, text: Text = "world", force: bool = False) -> DatasetRecord:
+    """Write `out/<split>.parquet` and dataset.json for one dataset: a task, or `corpus_<release>`.
 
-    Raises DataError for an unknown name, and when a split is empty or shares a row with another.
+    A task is the embedded world's, the harness's or a user's own; `text` says where a release's corpus comes from when
+    prepare.corpora does not. Raises DataError and EvaluationError, with nothing written.
     """
-    splits = _generate(dataset, params)
-    check(dataset, splits, repeats=dataset.startswith(CORPUS))
-    with staged(out, force=force) as folder:
-        for split, rows in splits.items():
-            _write(folder / f"{split}.parquet", rows)
-        digests = {split: file_digest(folder / f"{split}.parquet") for split in splits}
-    return DatasetRecord(dataset=dataset, digests=digests, rows={s: len(r) for s, r in splits.items()})
+    made = _make(dataset, params, text)
+    recipe = params.corpora.get(dataset.removeprefix(CORPUS))
+    read = Path(params.data) / (recipe.source if recipe else dataset)
+    with staged(out, force=force, inputs=[read] if made.origin.source == sources.LOCAL else ()) as folder:
+        made.write(folder)
+        record = DatasetRecord(
+            dataset=dataset,
+            source=made.origin.source,
+            revision=made.origin.revision,
+            digests={split: file_digest(folder / f"{split}.parquet") for split in made.splits},
+            rows={split: table.num_rows for split, table in made.splits.items()},
+            files=made.origin.files,
+            decisions=made.decisions,
+        )
+        record.write(folder)
+    return record
 
 
 def check(dataset: str, splits: Mapping[str, Rows], *, repeats: bool = False) -> None:
@@ -44,14 +59,36 @@ def check(dataset: str, splits: Mapping[str, Rows], *, repeats: bool = False) ->
             seen[key] = split
 
 
-def _generate(dataset: str, params: PrepareParams) -> Mapping[str, Rows]:
+def _make(dataset: str, params: PrepareParams, text: Text) -> preparing.Prepared:
     if dataset in datasets.TASKS:
-        return datasets.rows(dataset, seed=params.seed, train_rows=params.train_rows, test_rows=params.test_rows)
-    number = dataset.removeprefix(CORPUS)
-    if dataset.startswith(CORPUS) and number.isdecimal():
-        splits = corpora.corpus(int(number), seed=params.seed, documents=params.documents)
-        return {**splits, "probe": _probes(params)}
-    raise DataError(f"{dataset}: not a dataset of the embedded world; known: {', '.join(datasets.TASKS)}, {CORPUS}N")
+        rows = datasets.rows(dataset, seed=params.seed, train_rows=params.train_rows, test_rows=params.test_rows)
+        return _world(dataset, rows)
+    if dataset.startswith(CORPUS):
+        return _corpus(dataset, params, text)
+    return preparing.task(dataset, params)
+
+
+def _corpus(dataset: str, params: PrepareParams, text: Text) -> preparing.Prepared:
+    release = dataset.removeprefix(CORPUS)
+    recipe = params.corpora.get(release)
+    if recipe is not None:
+        return real.corpus(release, recipe, Path(params.data), params.seed)
+    if text == "none":
+        return preparing.Prepared(splits={}, origin=sources.Loaded(splits={}, source="none"))
+    number = release.removeprefix("v")
+    if text == "corpora" or not (release.startswith("v") and number.isdecimal()):
+        raise DataError(
+            f"{dataset}: no text is known for release {release}; name one in prepare.corpora.{release} "
+            f"(the embedded world's are {CORPUS}v0, {CORPUS}v1, …)"
+        )
+    splits = corpora.corpus(int(number), seed=params.seed, documents=params.documents)
+    return _world(dataset, {**splits, "probe": _probes(params)}, repeats=True)
+
+
+def _world(dataset: str, rows: Mapping[str, Rows], *, repeats: bool = False) -> preparing.Prepared:
+    check(dataset, rows, repeats=repeats)
+    splits = {split: tables.of_rows(some, where=f"{dataset}: {split}") for split, some in rows.items()}
+    return preparing.Prepared(splits=splits, origin=sources.Loaded(splits=splits, source=WORLD))
 
 
 def _probes(params: PrepareParams) -> Rows:
@@ -61,10 +98,3 @@ def _probes(params: PrepareParams) -> Rows:
         for task in datasets.TASKS
         for prompt, answer in corpora.probes(task, seed=params.seed)
     ]
-
-
-def _write(path: Path, rows: Rows) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.Table.from_pylist([dict(r) for r in rows]), path, compression="zstd")

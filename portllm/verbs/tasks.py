@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from portllm.lm import columns, prompts, stock
+from portllm.lm.stock import Listed
 from portllm.world import datasets
 
 
-def run(*, everything: bool = False) -> list[str]:
-    """The embedded world's tasks; with `everything`, the LM Evaluation Harness's own after them."""
-    if not everything:
-        return list(datasets.TASKS)
-    from lm_eval.tasks import TaskManager
+def run(*, everything: bool = False) -> Sequence[Listed]:
+    """The embedded world's tasks and the paper's seven; with `everything`, all of the LM Evaluation Harness's."""
+    world = [_listed(task) for task in datasets.TASKS]
+    if everything:
+        return [*world, *stock.listing()]
+    return [*world, *(_seven(task) for task in columns.SEVEN)]
 
-    return [*datasets.TASKS, *TaskManager().all_subtasks]
+
+def _listed(task: str) -> Listed:
+    config = prompts.load_task(datasets.task_file(task))
+    return Listed(task=task, output_type=config["output_type"], trainable=bool(config.get("training_split")))
+
+
+def _seven(task: str) -> Listed:
+    # known without looking the task up
+    return Listed(task=task, output_type="generate_until" if task == "gsm8k" else "multiple_choice", trainable=True)
