@@ -1,7 +1,7 @@
 """A stand-in of the hub's HTTP API on this machine: enough for creating, filling, listing and downloading repositories.
 
-Models are named OWNER/NAME, data sets datasets/OWNER/NAME. Large files are redirected to a store under another host name,
-as the hub redirects them; it knows byte ranges, and can cut a connection short.
+Models are named OWNER/NAME, data sets datasets/OWNER/NAME. Large files are redirected to a store under another name of
+the machine, as the hub does; it knows byte ranges, and can cut a connection short.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -40,6 +41,7 @@ class Hub(ThreadingHTTPServer):
         self.failures: dict[str, tuple[int, str]] = {}
         self.loses: str | None = None  # a file that a commit silently leaves out
         self.cuts: list[int] = []  # bytes of a large file after which the next connections break
+        self.stalls_at: int | None = None  # bytes of a large file after which nothing more comes for a while
         self.spoils: str | None = None  # a large file (by its SHA-256) whose first byte arrives changed
         self.ranges: list[tuple[str, int]] = []  # large files sent: SHA-256, first byte
         self.store_tokens: set[str | None] = set()  # what the store was shown
@@ -114,6 +116,8 @@ class Answers(BaseHTTPRequestHandler):
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for at in range(0, len(content) if cut is None else cut, PIECE):
                 self.wfile.write(content[at : at + PIECE])
+                while self.server.stalls_at is not None and at >= self.server.stalls_at:
+                    time.sleep(0.01)
         if cut is not None:
             self.close_connection = True
 
