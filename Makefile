@@ -18,7 +18,7 @@ help: ## list the targets
 
 setup: $(READY) ## make .venv with the exact versions of constraints.txt
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt setup.py portllm/algebra/_sums.c portllm/algebra/_sums_tile.h
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools torch
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[test,dev]"
@@ -43,7 +43,8 @@ workspace: $(READY) ## make workspaces/NAME for PROFILE=NAME, where dvc and port
 	@ln -sfn ../../.dvcignore '$(WORKSPACE)/.dvcignore'
 	@ln -sfn ../../../data/local '$(WORKSPACE)/data/local'
 	@ln -sfn ../../../.dvc/plots '$(WORKSPACE)/.dvc/plots'
-	@cp -n .dvc/.gitignore .dvc/config '$(WORKSPACE)/.dvc/'
+	@test -f '$(WORKSPACE)/.dvc/config' || cp .dvc/config '$(WORKSPACE)/.dvc/config'
+	@printf '%s\n' /config.local /tmp /cache >'$(WORKSPACE)/.dvc/.gitignore'
 	@cd '$(WORKSPACE)' && dvc config cache.type reflink,hardlink,copy  # large files are not kept twice
 
 test: $(READY) ## run the tests

@@ -195,7 +195,7 @@ def table(folder: Path, options: argparse.Namespace, trained: Cost, step_seconds
         "",
         f"Random weights in {size}, bf16 on disk; {options.steps - options.steps // 4} steps of {BATCH} rows took "
         f"{step_seconds:.3f} s each ({trained.useful_tokens_per_second:,.0f} tokens/s without padding); the paper's "
-        f"{EPOCHS} epochs over {ROWS:,} rows are {PAPER_STEPS:,} such steps. The port took {ported.wall_seconds:.1f} s.",
+        f"{EPOCHS} epochs over {ROWS:,} rows are {PAPER_STEPS:,} of them. The port took {ported.wall_seconds:.1f} s.",
     ]
     return "\n".join(lines)
 

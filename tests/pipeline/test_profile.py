@@ -1,0 +1,148 @@
+"""A profile of real tasks and models runs the same dvc.yaml, whole, by the one documented command, beside the world's.
+
+The profile is as small as one can be: a random Llama in a directory, eight rows a task, one update by merged LoRA.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.pipeline, pytest.mark.slow]
+
+PROFILE = """
+tasks: [sst2, gsm8k]
+releases: [v0, alpaca]
+prepare: {data: data/local, corpora: {alpaca: {source: alpaca, test_rows: 8}}}
+fetch: {source: ../../model}
+evolve:
+  mode: lora
+  block_length: 16
+  optim: {learning_rate: 1e-3, max_steps: 2, batch_size: 2, threads: 1}
+  lora: {r: 4, alpha: 8}
+  releases: {alpaca: {base: v0}}
+train:
+  lora: {r: 2, alpha: 4}
+  optim: {learning_rate: 1e-3, max_steps: 2, batch_size: 2, threads: 1}
+port: {as: adapter, method: direct, scale: 1.0}
+evaluate: {num_fewshot: 0, batch_size: 8, limit: 4, threads: 1}
+report: {bootstrap_samples: 50}
+register: {name: "tiny-{task}"}
+"""
+ADJECTIVES = ("good", "bad", "fine", "poor", "warm", "cold", "glad", "grim")
+
+
+@pytest.fixture
+def tiny(project: Callable[..., Any]) -> Any:
+    """A copy of the project with a profile, a model and the data that the profile reads."""
+    one = project()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, one.folder / name)
+    shutil.copytree(ROOT / ".dvc" / "plots", one.folder / ".dvc" / "plots")
+    (one.folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    (one.folder / "profiles").mkdir()
+    (one.folder / "profiles" / "tiny.yaml").write_text(PROFILE, encoding="utf-8")
+    write_data(one.folder / "data" / "local")
+    write_model(one.folder / "model", one.folder / "data" / "local")
+    return one
+
+
+def write_data(folder: Path) -> None:
+    """Rows in the hub's columns."""
+    rows: dict[str, list[dict[str, Any]]] = {
+        "sst2/train": [{"sentence": f"a {w} film ", "label": i % 2, "idx": i} for i, w in enumerate(ADJECTIVES)],
+        "sst2/validation": [{"sentence": f"the {w} one ", "label": i % 2, "idx": i} for i, w in enumerate(ADJECTIVES)],
+        "gsm8k/train": [{"question": f"What is {i} and 2?", "answer": f"Add.\n#### {i + 2}"} for i in range(8)],
+        "gsm8k/test": [{"question": f"What is {i} and 3?", "answer": f"Add.\n#### {i + 3}"} for i in range(8)],
+        "alpaca/train": [
+            {"instruction": f"Say how a {w} day is, and why, at length.", "input": "", "output": f"It is {w}. " * 8}
+            for w in (a + b for a in ADJECTIVES for b in ADJECTIVES)
+        ],
+    }
+    for name, split in rows.items():
+        file = folder / f"{name}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in split), encoding="utf-8")
+
+
+def write_model(folder: Path, data: Path) -> None:
+    """A Llama of two small layers with random weights, and a byte-pair tokenizer of the data."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from portllm.lm.words import byte_pairs
+
+    tokenizer = byte_pairs([file.read_text(encoding="utf-8") for file in sorted(data.rglob("*.jsonl"))], 300, 512)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make(one: Any, *words: str) -> subprocess.CompletedProcess[str]:
+    """`make …` in the copy, with this test's Python and nothing to set up."""
+    return subprocess.run(
+        ["make", "-o", ".venv/.ready", *words], cwd=one.folder, env=one.env, capture_output=True, text=True, check=False
+    )
+
+
+def test_one_command_runs_a_profile_whole_and_leaves_the_project_alone(tiny: Any) -> None:
+    before = {name: (tiny.folder / name).read_bytes() for name in ("params.yaml", "dvc.yaml")}
+    done = make(tiny, "repro", "PROFILE=tiny")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "This machine has what it takes." in done.stdout
+
+    there = tiny.folder / "workspaces" / "tiny"
+    ported = there / "models" / "ported" / "alpaca" / "gsm8k"
+    assert (ported / "adapter_model.safetensors").is_file()
+    scores = json.loads((there / "results" / "evaluate" / "alpaca.json").read_text())
+    arms = {(row["task"], row["arm"]) for row in scores["results"]}
+    assert {(task, arm) for task in ("sst2", "gsm8k") for arm in ("base", "ported", "tuned")} <= arms
+    metrics = json.loads((there / "results" / "metrics.json").read_text())
+    assert set(metrics) == {"v0", "alpaca"}
+    assert {"ported", "retuned", "base"} <= set(metrics["alpaca"]["gsm8k"])
+    text = (there / "results" / "report" / "report.md").read_text()
+    assert "exact_match,flexible-extract" in text
+    assert "no probe was recorded" in text
+    assert "patch gives the answers it gave before (2 of 2 tasks)" in text
+    decided = json.loads((there / "results" / "register" / "alpaca.json").read_text())
+    assert {one["task"] for one in decided["decisions"]} == {"sst2", "gsm8k"}
+
+    assert {name: (tiny.folder / name).read_bytes() for name in before} == before
+    assert not (tiny.folder / "dvc.lock").exists()
+    assert not (tiny.folder / "models").exists()
+    assert (there / "dvc.yaml").resolve() == (tiny.folder / "dvc.yaml").resolve()
+
+    again = make(tiny, "repro", "PROFILE=tiny")
+    assert again.returncode == 0
+    assert "Running stage" not in again.stdout
+
+
+def test_a_profile_that_is_not_there_names_those_that_are(tiny: Any) -> None:
+    done = make(tiny, "repro", "PROFILE=large")
+    assert done.returncode != 0
+    assert "profiles/large.yaml is not there; expected PROFILE=one of: tiny" in done.stdout + done.stderr
+    assert not (tiny.folder / "workspaces").exists()
+
+
+def test_a_machine_that_is_too_small_stops_before_anything_runs(tiny: Any) -> None:
+    config = tiny.folder / "model" / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 2000000000'))
+    done = make(tiny, "repro", "PROFILE=tiny")
+    assert done.returncode != 0
+    assert "FAIL" in done.stdout
+    assert "Running stage" not in done.stdout
+    assert os.listdir(tiny.folder / "workspaces" / "tiny" / "data") == ["local"]
