@@ -1,0 +1,193 @@
+/* W + Δ, each sum rounded once to the weight's dtype: what sums.py does with numpy, in one pass over the weights.
+
+   Δ = b @ a, where b (rows, rank) is already scaled. Weights of 16 bits are first summed in float, with a bound of the
+   error; where a value between two neighbours of the dtype lies within the bound, the sum is formed again in double,
+   with its own bound; where that does not tell either, the element is handed back to Python, which reckons exactly. So
+   what is written is the exact sum rounded once, ties to even, whatever the instructions and the order of the terms.
+   Weights of float32 start with the sums in double. Nothing here allocates, and nothing is Python's: kernel.py checks
+   all that is passed. */
+
+#include <float.h>
+#include <stdint.h>
+#include <string.h>
+
+#if FLT_EVAL_METHOD != 0 || defined(__FAST_MATH__)
+#error "the bounds hold for IEEE arithmetic without excess precision"
+#endif
+
+#define VERSION 1 /* of `struct sums`; kernel.py takes no other */
+#define PANEL 32  /* columns of A that stand together */
+#define CHUNK 8   /* terms summed apart, which halves the bound at common ranks and more beyond */
+#define CACHE (384 << 10) /* bytes of A that stay in the first-level cache */
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+
+#define LARGE 0x1p960 /* what is larger is no sum: kernel.py sees to that */
+
+enum kind { BF16, F16, F32 };
+
+#define LEAST(kind) ((kind) == BF16 ? 0x1p-126 : 0x1p-14) /* normal number */
+#define MAGIC(kind) ((kind) == BF16 ? 0x1.8p45 : 0x1.8p42) /* 2^52 over the number of steps in a power of 2, and half */
+#define SPECIAL(kind) ((kind) == BF16 ? 0x7F80 : 0x7C00)   /* bits that infinity and NaN share */
+
+struct sums {
+    const char *old; /* (rows, columns) weights; the rows old_stride bytes apart */
+    char *out;
+    int64_t old_stride, out_stride;
+    int64_t rows, columns, rank;
+    const float *panels; /* A (columns / PANEL rounded up, rank, PANEL), 0 beyond the last column */
+    const float *norms;  /* of A's columns, at least; 0 beyond the last */
+    const float *b, *reach;            /* (rows, rank); (rows,) error of float over a column's norm, twice, at least */
+    const double *wide_b, *wide_reach; /* the same for double, the error once */
+    int64_t *doubtful;   /* room for the flat indices of what is handed back */
+    int64_t room, found; /* found > room: there was more */
+    uint32_t largest;    /* bits of the largest absolute value written; above those of infinity where one is NaN */
+};
+
+INLINE uint32_t bits_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+INLINE double power_of_2(double x) /* the largest that is not above x */
+{
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits &= 0x7FF0000000000000;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+INLINE float float_of(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* The bits of a double rounded once to the dtype, ties to even. */
+static uint32_t rounded(enum kind kind, double x)
+{
+    double size = __builtin_fabs(x), unit, magic, near = size;
+    uint32_t sign = __builtin_signbit(x) ? 0x8000 : 0;
+    if (kind == F32)
+        return bits_of((float)x);
+    if (x != x)
+        return kind == BF16 ? 0x7FC0 : 0x7E00;
+    if (size < LARGE) {
+        unit = power_of_2(size > LEAST(kind) ? size : LEAST(kind));
+        magic = unit * MAGIC(kind); /* so large that the sum's last bit is worth what the dtype's is */
+        near = (size + magic) - magic;
+    }
+    if (kind == BF16)
+        return bits_of((float)near) >> 16 | sign;
+    return bits_of((float)(near > 0x1p16 ? 0x1p16 : near) * 0x1p-112f) >> 13 | sign;
+}
+
+static double widened(enum kind kind, const char *at)
+{
+    uint32_t bits = 0, size;
+    memcpy(&bits, at, kind == F32 ? 4 : 2);
+    if (kind == F32)
+        return float_of(bits);
+    if (kind == BF16)
+        return float_of(bits << 16);
+    size = (bits & 0x7FFF) << 13;
+    if (size >= 0x0F800000)
+        size += 224u << 23; /* infinity and NaN */
+    return (double)float_of(size | (bits & 0x8000) << 16) * 0x1p112;
+}
+
+/* One element again, in double; its bits, or 0 where it is handed back. */
+static uint32_t __attribute__((noinline)) decide(struct sums *s, enum kind kind, int64_t row, int64_t column)
+{
+    int width = kind == F32 ? 4 : 2;
+    double old = widened(kind, s->old + row * s->old_stride + column * width), reach = s->wide_reach[row];
+    const float *a = s->panels + column / PANEL * PANEL * s->rank + column % PANEL;
+    const double *b = s->wide_b + row * s->rank;
+    double even = 0, uneven = 0, sum, error;
+    uint32_t low, high;
+    int64_t k;
+    if (!(__builtin_fabs(old) <= DBL_MAX))
+        return rounded(kind, old);
+    for (k = 0; k + 1 < s->rank; k += 2) {
+        even += b[k] * (double)a[k * PANEL];
+        uneven += b[k + 1] * (double)a[(k + 1) * PANEL];
+    }
+    if (k < s->rank)
+        even += b[k] * (double)a[k * PANEL];
+    sum = old + (even + uneven);
+    error = reach > 0 ? reach * (double)s->norms[column] + __builtin_fabs(sum) * 0x1.08p-52 + 0x1p-1000 : 0;
+    low = rounded(kind, sum - error), high = rounded(kind, sum + error);
+    if (low == high)
+        return high;
+    if (s->found < s->room)
+        s->doubtful[s->found] = row * s->columns + column;
+    s->found++;
+    return 0;
+}
+
+INLINE void note(struct sums *s, uint32_t size)
+{
+    s->largest = size > s->largest ? size : s->largest;
+}
+
+#define JOIN_(x, y) x##_##y
+#define JOIN(x, y) JOIN_(x, y)
+#define NAME(x) JOIN(x, LEVEL)
+
+#if defined(__x86_64__)
+#define LEVEL avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define BYTES 64
+#define TALL 4
+#include "_sums_tile.h"
+
+#define LEVEL avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define BYTES 32
+#define TALL 2
+#include "_sums_tile.h"
+#endif
+
+#define LEVEL plain
+#define TARGET
+#define BYTES 16
+#define TALL 2
+#include "_sums_tile.h"
+
+EXPORT int portllm_sums_version(void)
+{
+    return VERSION;
+}
+
+/* How far this machine's instructions go: 2 AVX-512, 1 AVX2 with FMA, 0 what every machine has. */
+EXPORT int portllm_sums_level(void)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
+        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return 1;
+#endif
+    return 0;
+}
+
+/* Write s->out, found and largest. `kind`: 0 bfloat16, 1 float16, 2 float32. */
+EXPORT void portllm_sums_add(struct sums *s, int kind, int level)
+{
+    s->found = 0, s->largest = 0;
+#if defined(__x86_64__)
+    if (level == 2)
+        add_avx512(s, (enum kind)kind);
+    else if (level == 1)
+        add_avx2(s, (enum kind)kind);
+    else
+#endif
+        add_plain(s, (enum kind)kind);
+    (void)level;
+}

@@ -1,0 +1,136 @@
+"""The exact sum W + b @ a of single elements, rounded once: what both ways of sums.py come to where they cannot tell.
+
+As arrays, weights are float32, float16, or uint16, which holds the bits of bfloat16; factors are float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+DIGITS = {"uint16": (8, -133), "float16": (11, -24), "float32": (24, -149)}  # of each dtype; exponent of the least
+UNIT = 2.0**-53  # of float64's rounding
+LARGE = 2.0**900  # a bound of the sums below which no product overflows
+TOGETHER = 4096  # elements whose factors are gathered at a time
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factors of some rows, b (rows, r) scaled, a (r, columns), and how far float64 may be from b @ a.
+
+    Its distance, in whatever order the terms are added, is at most reach (rows,) · norms (columns,): ‖a's column‖ times
+    ‖b's row‖, which bounds the sum of the terms' sizes (Cauchy and Schwarz), times r roundings and some. Both are 0
+    where there is nothing to bound: rows of b that are 0, and factors that are not finite or too large to tell.
+    """
+
+    b: Array
+    a: Array
+    reach: Array
+    norms: Array
+
+    def errors(self, i: Array, j: Array, sums: Array) -> Array:
+        """Bounds of the error of some float64 sums (n,) at rows i and columns j, the last addition's included."""
+        reach = self.reach[i]
+        error: Array = reach * self.norms[j] + (reach > 0) * (abs(sums) * (2.1 * UNIT) + 2.0**-1000)
+        return error
+
+    def settle(self, old: Array, out: Array, flat: Array) -> None:
+        """Write the exact sums at the flat indices `flat`, rounded once, from the weights `old` to `out`."""
+        import numpy
+
+        for first in range(0, len(flat), TOGETHER):
+            i, j = numpy.divmod(flat[first : first + TOGETHER], old.shape[1])
+            out[i, j] = exactly(old[i, j], self.b[i], self.a[:, j].T)
+
+
+def norms(values: Array, axis: int) -> Array:
+    """At least the Euclidean norms along an axis, in float64; squares that underflow are made good for."""
+    import numpy
+
+    squares = numpy.einsum("ij,ij->j" if axis == 0 else "ij,ij->i", values, values, dtype=numpy.float64)
+    bound: Array = numpy.sqrt(squares) * (1 + 2.0**-20) + values.any(axis=axis) * 2.0**-500
+    return bound
+
+
+def rounded(values: Array, dtype: Any) -> Array:
+    """float64 values rounded once to the nearest of `dtype`, ties to even.
+
+    numpy rounds to float16 and float32 so. bfloat16 is reached by way of float32, rounded to odd on the way, which
+    makes the second rounding right: Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008.
+    """
+    import numpy
+
+    if dtype != numpy.uint16:
+        return values.astype(dtype)
+    near = values.astype(numpy.float32)
+    back = near.astype(numpy.float64)
+    bits = near.view(numpy.uint32)
+    bits -= numpy.abs(back) > numpy.abs(values)  # towards zero: sign and magnitude are separate bits
+    bits |= back != values  # the last bit is set when anything was lost
+    bits += numpy.uint32(0x7FFF) + (bits >> 16 & 1)
+    narrow = (bits >> 16).astype(numpy.uint16)
+    narrow[numpy.isnan(values)] = 0x7FC0
+    return narrow
+
+
+def widened(weights: Array) -> Array:
+    """Weights in float64."""
+    import numpy
+
+    if weights.dtype == numpy.uint16:
+        weights = (weights.astype(numpy.uint32) << 16).view(numpy.float32)
+    return weights.astype(numpy.float64)
+
+
+def exactly(weights: Array, b: Array, a: Array) -> Array:
+    """Weights (n,) + the sums of b (n, r) * a (n, r), exact and rounded once; an exact sum of 0 is +0."""
+    import numpy
+
+    old = widened(weights)
+    result = rounded(old + numpy.einsum("nk,nk->n", b, a) + 0.0, weights.dtype)
+    for n in numpy.flatnonzero(numpy.isfinite(old) & ~_exact_already(old, b, a)):
+        terms = (Fraction(x) * Fraction(y) for x, y in zip(b[n].tolist(), a[n].tolist(), strict=True))
+        value = nearest(sum(terms, Fraction(float(old[n]))), weights.dtype.name)
+        result[n] = rounded(numpy.array([value]), weights.dtype)[0]
+    return result
+
+
+def nearest(exact: Fraction, dtype: str) -> float:
+    """`exact` rounded to the nearest value of a dtype, ties to even, by whole numbers; what is too large is no longer
+    one of its values."""
+    if exact == 0:
+        return 0.0
+    digits, least = DIGITS[dtype]
+    size = abs(exact)
+    exponent = size.numerator.bit_length() - size.denominator.bit_length()
+    exponent -= size < Fraction(2) ** exponent
+    unit = max(exponent - digits + 1, least)
+    value = math.inf if exponent > 128 else math.ldexp(round(size / Fraction(2) ** unit), unit)  # halves to even
+    return math.copysign(value, exact)
+
+
+def _exact_already(old: Array, b: Array, a: Array) -> Array:
+    """Where float64 loses nothing, as all terms and their sums are multiples of one unit, and less than 2^53 of it."""
+    import numpy
+
+    unit = numpy.minimum(_last_bit(old), _last_bit(b).min(axis=1) + _last_bit(a).min(axis=1))
+    size = (numpy.abs(old) + numpy.einsum("nk,nk->n", numpy.abs(b), numpy.abs(a))) * (1 + 2.0**-20)
+    whole: Array = (unit >= -1074) & (size < numpy.ldexp(1.0, numpy.minimum(unit, 900) + 53))
+    return whole
+
+
+def _last_bit(values: Array) -> Array:
+    """Exponents of the last bits that are set; that of 0 is large."""
+    import numpy
+
+    fraction, exponent = numpy.frexp(values)
+    whole = numpy.ldexp(fraction, 53).astype(numpy.int64)
+    last = numpy.frexp((whole & -whole).astype(numpy.float64))[1] - 1
+    return numpy.where(whole == 0, 2000, exponent - 53 + last)
