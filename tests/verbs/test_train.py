@@ -1,0 +1,139 @@
+"""train: killed and run again it makes the same bytes; what it took is told, and kept out of the patch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from portllm.checkpoint.output import kept
+from portllm.checkpoint.records import PatchRecord
+from portllm.errors import MachineError, ParamsError
+from portllm.lm import llama, loading
+from portllm.params import ArchitectureParams, LoraParams, OptimParams, PrepareParams, TrainParams
+from portllm.verbs import prepare, train
+from portllm.world import tokenizer
+
+SCRIPT = Path(__file__).with_name("killed_train.py")
+MOMENTS = 7
+TASK = "world_sst2"
+OPTIM = OptimParams(learning_rate=1e-2, max_steps=4, batch_size=4, logging_steps=2, threads=1)
+PARAMS = TrainParams(max_length=64, optim=OPTIM, lora=LoraParams(r=2, alpha=4))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A base of some thousand parameters, and rows to train on."""
+    root = tmp_path_factory.mktemp("work")
+    words = tokenizer.build()
+    shape = ArchitectureParams(hidden_size=16, intermediate_size=32, layers=2, heads=2)
+    llama.new_llama(words, shape, seed=0).save_pretrained(root / "base")
+    words.save_pretrained(root / "base")
+    sizes = PrepareParams(train_rows=26, test_rows=40)
+    prepare.run(dataset=TASK, out=root / "data" / TASK, params=sizes)
+    return SimpleNamespace(base=root / "base", data=root / "data")
+
+
+def test_killed_at_any_moment_and_run_again_it_makes_the_same_bytes(work: SimpleNamespace, tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), str(work.base), str(work.data), str(tmp_path / "there" / "out")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*command, str(MOMENTS)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["killed"] >= MOMENTS - 1 + 2, seen  # the last moment may come after OUT is there
+    assert seen["resumed"] >= MOMENTS // 2, seen  # or the kills came too early to find a snapshot
+    assert seen["damaged"] == 1, seen
+
+
+def run(work: SimpleNamespace, out: Path, params: TrainParams = PARAMS, **more: object) -> PatchRecord:
+    return train.run(base=work.base, task=TASK, data=work.data, out=out, params=params, **more)  # type: ignore[arg-type]
+
+
+def test_snapshots_of_other_work_are_not_gone_on_with(
+    work: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving = dataclasses.replace(PARAMS, optim=dataclasses.replace(OPTIM, save_steps=1))
+    out, plain = tmp_path / "out", tmp_path / "plain"
+
+    def stop(step: int, _: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(work, out, saving, on_progress=stop)
+    assert len(list(tmp_path.glob(".out.kept/*/*.safetensors"))) == 2
+    other = dataclasses.replace(saving, seed=7)
+    notes: list[str] = []
+    run(work, out, other, on_note=notes.append)
+    assert notes == []
+    run(work, plain, dataclasses.replace(other, optim=OPTIM))
+    assert (out / "adapter_model.safetensors").read_bytes() == (plain / "adapter_model.safetensors").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "plain"]
+
+
+def test_an_error_leaves_no_snapshot_but_one_of_the_machine_does(work: SimpleNamespace, tmp_path: Path) -> None:
+    saving = dataclasses.replace(PARAMS, optim=dataclasses.replace(OPTIM, save_steps=1))
+
+    def fail(error: Exception) -> None:
+        def at(step: int, _: int) -> None:
+            if step == 3:
+                raise error
+
+        with pytest.raises(type(error)):
+            run(work, tmp_path / "out", saving, on_progress=at)
+
+    fail(MachineError("no memory"))
+    assert [p.name for p in tmp_path.iterdir()] == [".out.kept"]
+    fail(ParamsError("wrong"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_training_took_is_told_and_stands_in_no_record(work: SimpleNamespace, tmp_path: Path) -> None:
+    told: list[dict[str, float]] = []
+    run(work, tmp_path / "out", on_cost=lambda figures: told.append(dict(figures)))
+    (figures,) = told
+    assert 0 < figures["useful_tokens_per_second"] <= figures["tokens_per_second"]
+    assert figures["train_peak_rss_bytes"] > 10**8
+    assert 0 < figures["cpu_utilisation"] < 1.5
+    assert figures["processes"] == 1
+    written = (tmp_path / "out" / "patch.json").read_text()
+    assert not [key for key in figures if key in written]
+
+
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [
+        (dataclasses.replace(PARAMS, quantization="4bit"), "4bit needs"),
+        (
+            dataclasses.replace(PARAMS, optim=dataclasses.replace(OPTIM, attention="flash_attention_2")),
+            "flash_attention_2 needs",
+        ),
+    ],
+)
+def test_what_this_machine_lacks_is_said_and_nothing_is_left(
+    work: SimpleNamespace, tmp_path: Path, params: TrainParams, match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(MachineError, match=match):
+        run(work, tmp_path / "out", params)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_place_for_snapshots_is_beside_out_under_a_key(tmp_path: Path) -> None:
+    assert kept(tmp_path / "out", "key") == tmp_path / ".out.kept" / "key"
+
+
+def test_a_quantised_base_is_named_in_the_record(
+    work: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = loading.frozen_base
+    monkeypatch.setattr(loading, "frozen_base", lambda base, optim, quantization: whole(base, optim))
+    record = run(work, tmp_path / "out", dataclasses.replace(PARAMS, quantization="4bit"))
+    assert record.base.quantisation == "bitsandbytes-nf4"
+    assert PatchRecord.read(tmp_path / "out").base == record.base
