@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import psutil
 import pytest
 
 from portllm.errors import TrackingError
+from portllm.params import LoraParams
 from portllm.tracking import Artifact, Candidate, Dataset, ancestry, descendants, lineage, store, track
 from portllm.tracking.messages import clean, flatten, in_alphabet, plain
 
@@ -179,6 +181,36 @@ def test_a_registered_version_loads_and_answers(project, monkeypatch):
     assert all(len(answer.split()) <= 4 and set(answer.split()) <= {f"w{i}" for i in range(29)} for answer in answers)
     # the second prompt is padded on the left; alone it is not
     assert model.predict(["w4"]) == [answers[1]]
+
+
+def test_a_registered_adapter_loads_over_the_base_it_is_given(tmp_path, checkpoint, monkeypatch):
+    import mlflow
+    import torch
+    from mlflow.exceptions import MlflowException
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from portllm.lm.training import add_lora
+
+    patched = add_lora(AutoModelForCausalLM.from_pretrained(checkpoint), LoraParams(r=2), seed=0)
+    for name, weight in patched.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    patched.save_pretrained(tmp_path / "adapter")
+    one = dataclasses.replace(_candidate(tmp_path / "adapter"), name="patched")
+    with track("register", name="register", params={}, root=tmp_path) as tracker:
+        tracker.register([one])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.tracking_uri(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mlflow.set_tracking_uri(store.tracking_uri(tmp_path))
+        with pytest.raises((ValueError, MlflowException), match="load it with model_config"):
+            mlflow.pyfunc.load_model("models:/patched/1")
+        model = mlflow.pyfunc.load_model("models:/patched/1", model_config={"base": str(checkpoint)})
+    inside = model.unwrap_python_model().model
+    assert isinstance(inside, PeftModel)
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(inside(ids).logits, patched.eval()(ids).logits)
 
 
 def test_versions_repeat_nothing_and_the_alias_stays_with_the_newest_release(project, checkpoint, client):

@@ -6,6 +6,7 @@ therefore stands alone: it needs mlflow, torch and transformers, and not portllm
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from mlflow.models import set_model  # noqa: TID253 - MLflow runs this file; portllm never imports it
@@ -16,15 +17,24 @@ class Generator(PythonModel):  # type: ignore[misc]
     """A causal language model that continues each prompt greedily."""
 
     def load_context(self, context: Any) -> None:
-        """Load the checkpoint that was registered, and its tokenizer.
+        """Load the checkpoint that was registered, or the adapter over its base, and the tokenizer.
 
-        `max_new_tokens` is set when loading: `load_model(uri, model_config={"max_new_tokens": 64})`.
+        `max_new_tokens` is set when loading: `load_model(uri, model_config={"max_new_tokens": 64})`. A version that is
+        an adapter needs its release, too, a directory or a hub id: `model_config={"base": "models/releases/v1"}`.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = context.artifacts["checkpoint"]
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        adapter = (Path(folder) / "adapter_config.json").is_file()
+        base = context.model_config.get("base") if adapter else folder
+        if not base:
+            raise ValueError("this version is an adapter; load it with model_config={'base': its release}")
+        self.tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+        self.model = AutoModelForCausalLM.from_pretrained(base).eval()
+        if adapter:
+            from peft import PeftModel
+
+            self.model = PeftModel.from_pretrained(self.model, folder).eval()
 
     def predict(self, context: Any, model_input: list[str]) -> list[str]:
         """The text that follows each prompt, chosen greedily."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 GENERATOR = Path(__file__).with_name("generator.py")
 _LOADED_WITH = ("accelerate", "torch", "transformers")
+# what a version that is an adapter is loaded with beyond that; MLflow lets a loader set no key that is not there
+_ADAPTER_WITH, _ADAPTER_ASKS = ("peft",), {"base": ""}
 _DESCRIPTION = (
     "A patch trained on an earlier release of its base model and ported, without training, onto later ones. "
     "Each version is one release; it loads with mlflow.pyfunc and continues prompts."
@@ -60,15 +62,18 @@ def _create(client: MlflowClient, run_id: str, candidate: Mapping[str, Any]) -> 
 def _log_model(client: MlflowClient, run_id: str, candidate: Mapping[str, Any]) -> str:
     import mlflow
 
+    adapter = (Path(candidate["checkpoint"]) / "adapter_config.json").is_file()
     mlflow.set_tracking_uri(client.tracking_uri)
     with mlflow.start_run(run_id=run_id):
         info = mlflow.pyfunc.log_model(
             name=f"{candidate['name']}-{candidate['release']}".replace(".", "_"),
             python_model=str(GENERATOR),
             artifacts={"checkpoint": candidate["checkpoint"]},
-            model_config={"max_new_tokens": 32},
+            model_config={"max_new_tokens": 32, **(_ADAPTER_ASKS if adapter else {})},
             # named here: MLflow would otherwise load the model in another process to see what it imports
-            pip_requirements=[f"{package}=={_release(package)}" for package in _LOADED_WITH],
+            pip_requirements=[
+                f"{package}=={_release(package)}" for package in (*_LOADED_WITH, *(_ADAPTER_WITH if adapter else ()))
+            ],
             metadata={"fingerprint": candidate["ported"]},
         )
     for key, value in candidate["metrics"].items():

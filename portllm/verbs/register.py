@@ -87,8 +87,6 @@ def _ported(path: Path) -> list[Path]:
 
 def _decide(path: Path, scores: Mapping[str, Any], params: RegisterParams, results: Path) -> Decision:
     port = PortRecord.read(path)
-    if port.output != "merged":
-        raise CheckpointError(f"{path}: is an adapter, which cannot be loaded by itself; port it with --as merged")
     if port.base.fingerprint != scores["model"]["fingerprint"]:
         raise EvaluationError(f"{results}: scores of another base than the one {path} was ported onto; evaluate again")
     mine = _row(scores, path, results, arm="ported", fingerprint=port.fingerprint)

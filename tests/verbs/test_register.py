@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,13 +120,11 @@ def test_a_missing_base_arm_is_an_error_not_a_zero(release):
         judge(release, "world_boolq")
 
 
-def test_an_adapter_is_refused(release):
-    record = PortRecord(
-        base=Source(name="b", fingerprint=BASE), patch=Source(name="p", fingerprint=None), output="adapter"
-    )
-    record.write(release / "models/ported/v1/world_boolq")
-    with pytest.raises(CheckpointError, match="--as merged"):
-        judge(release, "world_boolq")
+def test_an_adapter_is_judged_as_a_merged_model_is(release):
+    folder = release / "models/ported/v1/world_boolq"
+    record = PortRecord.read(folder)
+    replace(record, output="adapter").write(folder)
+    assert [one.task for one in judge(release).accepted] == ["world_boolq"]
 
 
 @pytest.mark.parametrize(("name", "said"), [("same", "put {task} into it"), ("a-{taks}", "may hold {task}")])
