@@ -24,9 +24,9 @@ def build(config: Mapping[str, Any], *, name: str) -> Any:
     manager = TaskManager(include_defaults=False)
     try:
         return manager.load([dict(config)])["tasks"][name]
-    except (KeyError, IndexError, TemplateError, TypeError, AssertionError) as error:
-        raise DataError(f"{name}: its definition and its data do not fit: {reason(error)}") from error
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (KeyError, IndexError, TemplateError, TypeError, AssertionError, ValueError) as error:
+        raise DataError(f"{name}: its definition does not fit its data: {reason(error)}") from error
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
         raise DataError(f"{name}: its data cannot be read: {reason(error)}") from error
 
 

@@ -82,10 +82,12 @@ def _harness(
         for split in wanted
         if (table := loaded.splits.get(split)) is not None
     }  # fmt: skip
+    if not trained:
+        return Prepared(splits=splits, origin=loaded, decisions=loaded.decisions)
     questions = {
         split: list(tasks.asked(config, splits[split], name=name, split=split)) for split in dict.fromkeys(needed)
     }
-    if not trained or trained == asked:
+    if trained == asked:  # so the harness defines it
         return Prepared(splits=splits, origin=loaded, decisions=loaded.decisions)
     rows = questions[trained]
     held = {splitting.key(one.question) for one in questions[asked]}

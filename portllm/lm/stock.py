@@ -6,6 +6,7 @@ The harness's index parses some 14,000 files (18 s here); one definition is foun
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
@@ -34,10 +35,9 @@ def definition(name: str) -> dict[str, Any]:
     """The harness's configuration of the task `name`, its includes and functions resolved. Raises EvaluationError."""
     path = find(name)
     if path is None:
-        near = difflib.get_close_matches(name, (n for n, _ in names()), n=1, cutoff=0.8)
-        hint = (
-            f"did you mean {near[0]}?" if near else "see `portllm tasks --all`; of a group, name its tasks one by one"
-        )
+        near = difflib.get_close_matches(name, (n for n, _ in names()), n=1, cutoff=0.7)
+        own = "of a group, name its tasks one by one (`portllm tasks --all`); your own data come with --data DIR"
+        hint = f"did you mean {near[0]}?" if near else own
         raise EvaluationError(f"{name}: no such task in the LM Evaluation Harness nor in the embedded world; {hint}")
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -51,6 +51,7 @@ def definition(name: str) -> dict[str, Any]:
     return config
 
 
+@functools.cache
 def find(name: str) -> Path | None:
     """The harness's file that defines the task `name`; None where there is none."""
     files = list(_files())
@@ -73,7 +74,7 @@ def listing() -> list[Listed]:
     for name, path in names():
         kind = _field("output_type", path) or "generate_until"
         split = _field("training_split", path)
-        listed.append(Listed(task=name, output_type=kind, trainable=split not in (None, "null", "~")))
+        listed.append(Listed(task=name, output_type=kind, trainable=split not in (None, "null", "~", "!!null")))
     return sorted(listed, key=lambda one: one.task)
 
 
@@ -105,10 +106,11 @@ def _field(field: str, path: Path, depth: int = 0) -> str | None:
     return _field(field, path.parent / included[1], depth + 1)
 
 
-def _files() -> Iterator[Path]:
+@functools.cache
+def _files() -> tuple[Path, ...]:
     # where lm_eval is, without importing it
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
         raise EvaluationError("the LM Evaluation Harness is not installed; install it with `pip install lm-eval[hf]`")
     root = Path(spec.submodule_search_locations[0]) / "tasks"
-    return iter(sorted(root.rglob("*.yaml"), key=lambda path: path.as_posix()))
+    return tuple(sorted(root.rglob("*.yaml"), key=lambda path: path.as_posix()))
