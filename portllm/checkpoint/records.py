@@ -140,11 +140,17 @@ class PortRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseRecord(Record):
-    """release.json: how a release was made, and what it knows before any patch is (the base probe)."""
+    """release.json: how a release was made, and what it knows before any patch is (the base probe).
+
+    `base` is the release before, which a new one was trained from; `source` where a real release was taken from, and
+    `changes` what it has changed against `base`.
+    """
 
     FILE: ClassVar[str] = "release.json"
     fingerprint: str
     base: Source | None = None
+    source: Source | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)
     probe: Mapping[str, float] = field(default_factory=dict)

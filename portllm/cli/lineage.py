@@ -31,10 +31,14 @@ def of_dataset(record: DatasetRecord, out: Path) -> Told:
 
 
 def of_release(record: ReleaseRecord, out: Path) -> Told:
-    """A checkpoint was written, from data and perhaps from the release before."""
+    """A checkpoint was written, from data and perhaps from the release before, or taken from elsewhere."""
     return {
         "metrics": {**record.metrics, **{f"probe_{task}": share for task, share in record.probe.items()}},
-        "reads": [*_sources("checkpoint", record.base), *_files(record.data)],
+        "reads": [
+            *_sources("checkpoint", record.base),
+            *_sources("checkpoint", record.source),
+            *_files(record.data),
+        ],
         "writes": [Artifact("checkpoint", public_name(out), record.fingerprint)],
         "datasets": _used(record.data, "training"),
         "artifacts": [out / ReleaseRecord.FILE],

@@ -9,16 +9,18 @@ from typing import Any
 import click
 
 from portllm import params
+from portllm.cli.launching import launchable
 from portllm.cli.options import DIRECTORY, FORCE, OUT, apply, common, of_section
-from portllm.cli.running import Common, answer, stage
+from portllm.cli.running import Common, Stage, answer, stage
 
 
 @click.command(short_help="The first release of a base.")
 @click.argument("source", required=False)
-@click.option("--corpus", type=DIRECTORY, help="Corpus of the embedded world's first release (for the source `world`).")
+@click.option("--corpus", type=DIRECTORY, help="Corpus to pretrain on (for the sources `world` and `scratch`).")
 @OUT
 @FORCE
 @of_section("fetch", params.FetchParams, skip=("source",))
+@launchable
 @common
 def fetch(
     source: str | None,
@@ -28,12 +30,17 @@ def fetch(
     opts: Common,
     **flags: Any,
 ) -> None:
-    """The first release: a hub id at a pinned revision, a local directory, or the embedded world's own.
+    """The first release: a hub id, a local directory, the embedded world's own, or one made from scratch.
+
+    A hub id is pinned to a commit, which release.json records; only safetensors are downloaded, and a download that was
+    stopped goes on where it stopped. `scratch` learns a tokenizer and a small Llama from the corpus.
 
     \b
     Examples:
       portllm fetch mistralai/Mistral-7B-v0.1 --out models/releases/v0
+      portllm fetch mistralai/Mistral-7B-v0.1@27d67f1b5f57dc0953326b2601d68371d40ea8da --out models/releases/v0
       portllm fetch world --corpus data/corpora/v0 --out models/releases/v0
+      portllm fetch scratch --corpus data/corpora/v0 --out my-v0 --vocab-size 4096 --max-steps 2000
     """
     from portllm.cli.lineage import of_release
     from portllm.verbs import fetch as verb
@@ -41,45 +48,70 @@ def fetch(
     section = apply(params.load(opts.params_file).fetch, {**flags, "source": source}, where="fetch")
     with stage("fetch", name=f"fetch {out.name}", section=section, opts=opts) as running:
         record = verb.run(
-            corpus=corpus,
-            out=out,
-            params=section,
-            force=force,
-            on_metrics=running.metrics,
-            on_progress=running.progress,
-        )
+            corpus=corpus, out=out, params=section, force=force, training=_training(running),
+            download=_download(running),
+        )  # fmt: skip
         running.cost.update(release=out.name, trainable_parameters=int(record.metrics.get("trainable_parameters", 0)))
         running.finish(**of_release(record, out))
     answer({"out": str(out), **dataclasses.asdict(record)}, as_json=opts.as_json, line=f"{out}: {record.fingerprint}")
 
 
-@click.command(short_help="The next release, by continued pretraining.")
+@click.command(short_help="The next release: trained further, or a real one.")
 @click.option("--base", required=True, help="The release before: a directory or hub-id[@revision].")
-@click.option("--corpus", type=DIRECTORY, required=True, help="Directory with train.parquet (column `text`).")
+@click.option("--corpus", type=DIRECTORY, help="Directory with train.parquet (column `text`).")
 @click.option("--release", help="Recipe to take of evolve.releases in params.yaml.")
 @OUT
 @FORCE
 @of_section("evolve", params.EvolveParams, skip=("releases",))
+@launchable
 @common
-def evolve(base: str, corpus: Path, release: str | None, out: Path, force: bool, opts: Common, **flags: Any) -> None:
+def evolve(
+    base: str,
+    corpus: Path | None,
+    release: str | None,
+    out: Path,
+    force: bool,
+    opts: Common,
+    **flags: Any,
+) -> None:
     """The next release by continued pretraining: full-weight, or LoRA merged into the weights.
+
+    With --release, as evolve.releases in params.yaml says: where it names a `source`, that real release is taken as it
+    is, and release.json records what it changed against --base.
 
     \b
     Examples:
       portllm evolve --base models/releases/v0 --corpus data/corpora/v1 --out models/releases/v1
       portllm evolve --base models/releases/v0 --corpus data/corpora/v1 --out v1-lora --mode lora --lora-r 64
+      portllm evolve --base models/releases/v0 --release v1 --params params.yaml --out models/releases/v1
     """
+    from portllm.checkpoint.changes import summary
     from portllm.cli.lineage import of_release
-    from portllm.lm.hub import resolve
+    from portllm.lm import releases
     from portllm.verbs import evolve as verb
 
     section = apply(params.load(opts.params_file).evolve, flags, where="evolve")
-    section.recipe(release)
+    recipe = section.recipe(release)
     with stage("evolve", name=f"evolve {out.name}", section=section, opts=opts) as running:
         record = verb.run(
-            base=resolve(base), corpus=corpus, out=out, params=section, force=force,
-            on_metrics=running.metrics, on_progress=running.progress,
+            base=releases.find(base, _download(running)), corpus=corpus, source=recipe.source if recipe else None,
+            out=out, params=section, force=force, training=_training(running), download=_download(running),
         )  # fmt: skip
-        running.cost.update(release=out.name, trainable_parameters=int(record.metrics["trainable_parameters"]))
+        if record.source is not None:
+            running.close()
+            running.note(f"{record.source.name} against {base}: {summary(record.changes)}")
+        running.cost.update(release=out.name, trainable_parameters=int(record.metrics.get("trainable_parameters", 0)))
         running.finish(**of_release(record, out))
     answer({"out": str(out), **dataclasses.asdict(record)}, as_json=opts.as_json, line=f"{out}: {record.fingerprint}")
+
+
+def _training(running: Stage) -> Any:
+    from portllm.lm.pretraining import Watch
+
+    return Watch(on_metrics=running.metrics, on_progress=running.progress, on_note=running.note, on_cost=running.took)
+
+
+def _download(running: Stage) -> Any:
+    from portllm.lm.releases import Watch
+
+    return Watch(on_note=running.note, on_bytes=running.bytes)

@@ -1,35 +1,54 @@
-"""evolve: the next release of a base, by continued pretraining on a corpus."""
+"""evolve: the next release of a base, by continued pretraining on a corpus, or a real one taken as it is."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from portllm.checkpoint.changes import changes
 from portllm.checkpoint.fingerprint import fingerprint
-from portllm.checkpoint.output import staged
+from portllm.checkpoint.output import kept, staged
 from portllm.checkpoint.provenance import digests, git_commit, public_name, revision, versions
 from portllm.checkpoint.records import ReleaseRecord, Source
-from portllm.lm import pretraining
+from portllm.errors import DataError
+from portllm.lm import hub, pretraining, releases
 from portllm.params import EvolveParams, as_tree
 
 
 def run(
     *,
     base: Path,
-    corpus: Path,
     out: Path,
     params: EvolveParams,
+    corpus: Path | None = None,
+    source: str | None = None,
     force: bool = False,
-    on_metrics: pretraining.OnMetrics | None = None,
-    on_progress: pretraining.OnProgress | None = None,
+    training: pretraining.Watch | None = None,
+    download: releases.Watch | None = None,
 ) -> ReleaseRecord:
-    """Write to `out` what `base` becomes by reading `corpus`/train.parquet. Raises DataError and OutputError."""
-    with staged(out, force=force, inputs=(base, corpus)) as folder:
-        made = pretraining.continued(base, corpus, params, on_metrics=on_metrics, on_progress=on_progress)
+    """Write to `out` what `base` becomes by reading `corpus`/train.parquet, or the real release `source`.
+
+    A real release is fetched as it is; what it changed against `base` is recorded. Raises DataError, CheckpointError,
+    ParamsError, MachineError and OutputError.
+    """
+    if source is not None:
+        return _real(base, out, source, force, download or releases.Watch())
+    if corpus is None:
+        raise DataError("a release is trained on a corpus; pass it with --corpus DIR, or set evolve.releases.X.source")
+    return _trained(base, out, params, corpus, force, training or pretraining.Watch())
+
+
+def _trained(
+    base: Path, out: Path, params: EvolveParams, corpus: Path, force: bool, watch: pretraining.Watch
+) -> ReleaseRecord:
+    data = digests([corpus / pretraining.TRAIN])
+    key = pretraining.key(base, data, params)
+    with staged(out, force=force, inputs=(base, corpus), key=key) as folder:
+        made = pretraining.continued(base, corpus, params, watch.keeping(kept(out, key) if key else None))
         made.save(folder)
         record = ReleaseRecord(
-            fingerprint=fingerprint(folder),
-            base=Source(name=public_name(base), fingerprint=fingerprint(base), revision=revision(base)),
-            data=digests([corpus / pretraining.TRAIN]),
+            fingerprint=made.fingerprint(folder),
+            base=_source(base),
+            data=data,
             params={k: v for k, v in as_tree(params).items() if k != "releases"},
             probe=made.known(corpus),
             metrics=made.metrics,
@@ -38,3 +57,25 @@ def run(
         )
         record.write(folder)
     return record
+
+
+def _real(base: Path, out: Path, source: str, force: bool, watch: releases.Watch) -> ReleaseRecord:
+    found = releases.find(source, watch)
+    differs = changes(base, found)
+    with staged(out, force=force, inputs=(base, found)) as folder:
+        origin = releases.copy(found, folder, watch)
+        record = ReleaseRecord(
+            fingerprint=fingerprint(folder),
+            base=_source(base),
+            source=origin,
+            changes=differs,
+            params={"source": source} if hub.is_hub_id(source) else {},
+            versions=versions("huggingface_hub"),
+            git_commit=git_commit(),
+        )
+        record.write(folder)
+    return record
+
+
+def _source(base: Path) -> Source:
+    return Source(name=public_name(base), fingerprint=fingerprint(base), revision=revision(base))

@@ -1,19 +1,15 @@
-"""fetch: the first release, pretrained in the embedded world, or copied from a directory or the hub."""
+"""fetch: the first release, pretrained in the embedded world or from scratch, or copied from a directory or the hub."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from portllm.checkpoint.files import companions
 from portllm.checkpoint.fingerprint import fingerprint
-from portllm.checkpoint.output import staged
-from portllm.checkpoint.provenance import digests, git_commit, public_name, revision, versions
-from portllm.checkpoint.reader import INDEX, shard_names
-from portllm.checkpoint.records import ReleaseRecord, Source
+from portllm.checkpoint.output import kept, staged
+from portllm.checkpoint.provenance import digests, git_commit, versions
+from portllm.checkpoint.records import ReleaseRecord
 from portllm.errors import DataError
-from portllm.lm import pretraining
-from portllm.lm.hub import resolve
+from portllm.lm import hub, pretraining, releases
 from portllm.params import FetchParams, as_tree
 from portllm.world import tokenizer
 
@@ -26,25 +22,32 @@ def run(
     params: FetchParams,
     corpus: Path | None = None,
     force: bool = False,
-    on_metrics: pretraining.OnMetrics | None = None,
-    on_progress: pretraining.OnProgress | None = None,
+    training: pretraining.Watch | None = None,
+    download: releases.Watch | None = None,
 ) -> ReleaseRecord:
-    """Write the release named by `params.source` to `out`. Raises DataError, CheckpointError and OutputError.
+    """Write the release named by `params.source` to `out`.
 
     For `world` and `scratch`, a small Llama is pretrained from scratch on `corpus`/train.parquet, and asked what the
     world's tasks ask about (the base probe) before any patch exists; `scratch` learns its tokenizer there too.
+    Raises DataError, CheckpointError, ParamsError, MachineError and OutputError.
     """
     if params.source not in (WORLD, SCRATCH):
-        return _copy(resolve(params.source), out, force)
+        return _real(out, params, force, download or releases.Watch())
     if corpus is None:
         raise DataError(f"the first release of source {params.source} is pretrained; pass its corpus with --corpus DIR")
-    with staged(out, force=force, inputs=(corpus,)) as folder:
+    return _pretrained(out, params, corpus, force, training or pretraining.Watch())
+
+
+def _pretrained(out: Path, params: FetchParams, corpus: Path, force: bool, watch: pretraining.Watch) -> ReleaseRecord:
+    data = digests([corpus / pretraining.TRAIN])
+    key = pretraining.key(None, data, params)
+    with staged(out, force=force, inputs=(corpus,), key=key) as folder:
         words = tokenizer.build() if params.source == WORLD else pretraining.own_tokenizer(corpus, params)
-        made = pretraining.from_scratch(words, corpus, params, on_metrics=on_metrics, on_progress=on_progress)
+        made = pretraining.from_scratch(words, corpus, params, watch.keeping(kept(out, key) if key else None))
         made.save(folder)
         record = ReleaseRecord(
-            fingerprint=fingerprint(folder),
-            data=digests([corpus / pretraining.TRAIN]),
+            fingerprint=made.fingerprint(folder),
+            data=data,
             params=as_tree(params),
             probe=made.known(corpus),
             metrics=made.metrics,
@@ -55,17 +58,16 @@ def run(
     return record
 
 
-def _copy(source: Path, out: Path, force: bool) -> ReleaseRecord:
-    mark = fingerprint(source)
-    with staged(out, force=force, inputs=(source,)) as folder:
-        weights = [*shard_names(source), *(n for n in (INDEX,) if (source / n).is_file())]
-        for name, path in {**{n: source / n for n in weights}, **companions(source, source)}.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / name)
+def _real(out: Path, params: FetchParams, force: bool, watch: releases.Watch) -> ReleaseRecord:
+    found = releases.find(params.source, watch)
+    with staged(out, force=force, inputs=(found,)) as folder:
+        source = releases.copy(found, folder, watch)
         record = ReleaseRecord(
-            fingerprint=mark,
-            base=Source(name=public_name(source), fingerprint=mark, revision=revision(source)),
-            versions=versions(),
+            fingerprint=fingerprint(folder),
+            source=source,
+            # a directory's name may be this machine's own
+            params={"source": params.source} if hub.is_hub_id(params.source) else {},
+            versions=versions("huggingface_hub"),
             git_commit=git_commit(),
         )
         record.write(folder)

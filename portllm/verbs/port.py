@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,24 +15,21 @@ from typing import Any
 from portllm.checkpoint import fingerprint, provenance
 from portllm.checkpoint.card import Facts, port_card
 from portllm.checkpoint.derived import Old, converted
-from portllm.checkpoint.files import companions, tokenizer_files
-from portllm.checkpoint.headers import TensorEntry
+from portllm.checkpoint.files import tokenizer_files
+from portllm.checkpoint.merging import check_space, under, write_merged
 from portllm.checkpoint.output import refuse, staged
 from portllm.checkpoint.patch import CONFIG, WEIGHTS, Patch
-from portllm.checkpoint.placing import nbytes
 from portllm.checkpoint.plan import Plan, check_saved
 from portllm.checkpoint.planning import make_plan
-from portllm.checkpoint.reader import INDEX, Checkpoint, check_finite, read_json_object
+from portllm.checkpoint.reader import Checkpoint, check_finite
 from portllm.checkpoint.records import PortRecord, Source
-from portllm.checkpoint.targets import TargetFile
 from portllm.checkpoint.tying import check_sides
-from portllm.checkpoint.writer import Job, Meter, Written, copy_file, write_files, write_subset
-from portllm.errors import OutputError, ParamsError, PatchError, UnsupportedPatchError
+from portllm.checkpoint.writer import Job, Meter, copy_file, write_files, write_subset
+from portllm.errors import ParamsError, PatchError, UnsupportedPatchError
 from portllm.lm.naming import layout_of, old_base
 from portllm.params import PortParams
 
 Progress = Callable[[int, int], None]
-MARGIN_BYTES = 16 << 20  # records, card, directory entries
 
 
 def run(
@@ -96,7 +92,13 @@ def run(
         return record
     with staged(out, force=force, inputs=inputs) as folder:
         if params.as_ == "merged":
-            record = _write_merged(folder, lora, base, plan, record, on_progress)
+            merged = write_merged(folder, lora, base, plan, on_progress)
+            record = dataclasses.replace(
+                record,
+                base=dataclasses.replace(record.base, fingerprint=merged.base_fingerprint),
+                fingerprint=merged.fingerprint,
+                files=merged.files,
+            )
         else:
             record = _write_adapter(folder, lora, base, old, record, on_progress)
         card = port_card(record, Facts.of(folder, onto, patch))
@@ -131,63 +133,6 @@ def _trained_on(patch: Patch, source: Path | None) -> Source | None:
     )
 
 
-def _write_merged(
-    folder: Path, patch: Patch, base: Checkpoint, plan: Plan, record: PortRecord, on_progress: Progress | None
-) -> PortRecord:
-    """Write the checkpoint's files into `folder`; returns the record with fingerprints and digests filled in."""
-    targets = plan.files(base, folder)
-    own = _own_files(base, plan, targets)
-    extras = {name: path for name, path in companions(base.path, patch.path).items() if name not in own}
-    if (index := base.path / INDEX).is_file() and INDEX not in own:
-        extras[INDEX] = index
-    meter = Meter(sum(map(nbytes, targets)) + sum(path.stat().st_size for path in extras.values()), on_progress)
-    _check_space(folder, meter.total)
-    files = {name: copy_file(path, _under(folder, name), meter) for name, path in extras.items()}
-    for name, text in own.items():
-        (folder / name).write_text(text, encoding="utf-8")
-        files[name] = fingerprint.file_digest(folder / name)
-    written = write_files(targets, Job(_known(base), meter))
-    files.update({path.name: result.sha256 for path, result in written.items()})
-    after = {entry: digest for result in written.values() for entry, digest in result.after.items()}
-    return dataclasses.replace(
-        record,
-        base=dataclasses.replace(record.base, fingerprint=_base_fingerprint(base, written)),
-        fingerprint=fingerprint.combine(after),
-        files=files,
-    )
-
-
-def _base_fingerprint(base: Checkpoint, written: Mapping[Path, Written]) -> str:
-    """The base's fingerprint out of the digests taken while its tensors passed; they are kept for the next time."""
-    before = {entry: digest for result in written.values() for entry, digest in result.before.items()}
-    sources = {path: was for result in written.values() for path, was in result.sources.items()}
-    for shard in base.shards:
-        if shard.path in sources and all(entry in before for entry in shard.tensors.values()):
-            known = {name: before[entry] for name, entry in shard.tensors.items()}
-            fingerprint.remember(shard, known, sources[shard.path])
-        else:  # a tensor whose place the patch's took was not read
-            before.update(fingerprint.digests([shard]))
-    return fingerprint.combine({entry: before[entry] for shard in base.shards for entry in shard.tensors.values()})
-
-
-def _own_files(base: Checkpoint, plan: Plan, targets: list[TargetFile]) -> dict[str, str]:
-    """config.json and the index, where the plan changes what they say."""
-    own: dict[str, str] = {}
-    if plan.config:
-        own["config.json"] = json.dumps({**base.config, **plan.config}, indent=2, ensure_ascii=False) + "\n"
-    if plan.reshapes(base) and (base.path / INDEX).is_file():
-        tree = read_json_object(base.path / INDEX)
-        entries = {t.entry.name: (t.entry, file.path.name) for file in targets for t in file.targets}
-        metadata = tree.get("metadata")
-        tree["metadata"] = dict(metadata) if isinstance(metadata, dict) else {}
-        tree["metadata"]["total_size"] = sum(entry.nbytes for entry, _ in entries.values())
-        if "total_parameters" in tree["metadata"]:
-            tree["metadata"]["total_parameters"] = sum(math.prod(entry.shape) for entry, _ in entries.values())
-        tree["weight_map"] = {name: file for name, (_, file) in sorted(entries.items())}
-        own[INDEX] = json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
-    return own
-
-
 def _write_adapter(
     folder: Path, patch: Patch, base: Checkpoint, old: Old | None, record: PortRecord, on_progress: Progress | None
 ) -> PortRecord:
@@ -196,8 +141,8 @@ def _write_adapter(
     # base weights saved with the patch stay behind: PEFT would put them over the new base's
     names = patch.header.tensors.keys() - patch.left_behind
     meter = Meter(patch.header.size + sum(path.stat().st_size for path in extras.values()), on_progress)
-    _check_space(folder, 2 * meter.total)
-    files = {name: copy_file(path, _under(folder, name), meter) for name, path in extras.items()}
+    check_space(folder, 2 * meter.total)
+    files = {name: copy_file(path, under(folder, name), meter) for name, path in extras.items()}
     config = _retargeted(patch.config, record.base.name, record.scale)
     if patch.init == "plain" or old is None:
         files[WEIGHTS] = write_subset(patch.header, names, folder / WEIGHTS, meter)
@@ -223,27 +168,3 @@ def _retargeted(config: Mapping[str, Any], name: str, scale: float) -> dict[str,
         if config.get("lora_alpha") is not None:  # it may be left out where a pattern covers every module
             tree["lora_alpha"] = config["lora_alpha"] * scale
     return tree
-
-
-def _known(base: Checkpoint) -> dict[TensorEntry, str]:
-    """Digests of the base's tensors, of the files the cache knows."""
-    return {
-        shard.tensors[name]: digest
-        for shard in base.shards
-        for name, digest in (fingerprint.cached(shard) or {}).items()
-    }
-
-
-def _under(folder: Path, name: str) -> Path:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed + MARGIN_BYTES:
-        raise OutputError(
-            f"{folder.parent}: has {free / 1e9:.1f} GB free, the ported files need {needed / 1e9:.1f} GB; "
-            "free some space or choose another disk"
-        )
