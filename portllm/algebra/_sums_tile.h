@@ -117,7 +117,7 @@ TARGET static __attribute__((noinline)) words NAME(again)(struct sums *s, enum k
         error = (doubles)((longs)sum & 0x7FFFFFFFFFFFFFFF) * unit + least;
         error += __builtin_convertvector(norm[h], doubles) * reach;
         low = NAME(rounded)(kind, sum - error), high[h] = NAME(rounded)(kind, sum + error);
-        unsure[h] = low ^ high[h];
+        unsure[h] = (low ^ high[h]) | __builtin_convertvector((longs) ~(error < LARGE), few_words); /* not a number, too */
     }
     memcpy(&sure, high, sizeof sure);
     result = (sure & doubt) | (result & ~doubt);

@@ -105,8 +105,8 @@ def add(old: Array, out: Array, a: Panels, b: Array, norms: Array, wide_reach: A
     """out = old (rows, columns) + b (rows, r) @ a, as far as the library can tell; the two may not overlap.
 
     `norms` (rows,) are at least those of b's rows, `wide_reach` (rows,) the bound of float64's error over a column's
-    norm, all in float64. Returns the bits of the largest absolute value and the flat indices of elements still to be written; None
-    where there are too many of them.
+    norm, all in float64. Returns the bits of the largest absolute value and the flat indices of elements still to be
+    written; None where there are too many of them.
     """
     import numpy
 

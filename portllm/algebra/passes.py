@@ -74,13 +74,13 @@ class _Space:
 
         if out.dtype == numpy.uint16:
             return self._narrow_bits(out, factors)
-        if out.dtype == numpy.float64:
-            numpy.copyto(out, self.total)
+        if out.dtype == numpy.float64 or not factors.reach.any():
+            numpy.copyto(out, self.total, casting="same_kind")
             return numpy.empty(0, numpy.intp)
         # rounded from either end of where the exact sum can be: most often to the same
         bound = factors.reach * factors.norms.max()
         numpy.abs(self.total, out=self.delta)
-        self.delta *= (2.1 * UNIT * (bound > 0))[:, None]
+        self.delta *= numpy.where(bound > 0, 2.1 * UNIT, 2.0**-60)[:, None]  # the latter too little to change a sum
         self.delta += (bound + (bound > 0) * 2.0**-1000)[:, None]
         low = self._flat.view(out.dtype)[: out.size].reshape(self.shape)
         numpy.subtract(self.total, self.delta, out=low, casting="same_kind")

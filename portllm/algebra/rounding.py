@@ -37,9 +37,10 @@ class Factors:
 
     def errors(self, i: Array, j: Array, sums: Array) -> Array:
         """Bounds of the error of some float64 sums (n,) at rows i and columns j, the last addition's included."""
+        import numpy
+
         reach = self.reach[i]
-        error: Array = reach * self.norms[j] + (reach > 0) * (abs(sums) * (2.1 * UNIT) + 2.0**-1000)
-        return error
+        return numpy.where(reach > 0, reach * self.norms[j] + abs(sums) * (2.1 * UNIT) + 2.0**-1000, 0)
 
     def settle(self, old: Array, out: Array, flat: Array) -> None:
         """Write the exact sums at the flat indices `flat`, rounded once, from the weights `old` to `out`."""

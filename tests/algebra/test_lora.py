@@ -56,6 +56,7 @@ def problems(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
     return weight.to(dtype), a.float(), b.float(), draw(st.sampled_from([1.0, 2.0, 0.5, -1.0, 0.0]))
 
 
+@pytest.mark.usefixtures("way")
 @given(problems())
 @settings(max_examples=120, deadline=None)
 def test_sum_is_the_exact_one_rounded_once(problem: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]) -> None:
@@ -69,6 +70,7 @@ def test_sum_is_the_exact_one_rounded_once(problem: tuple[torch.Tensor, torch.Te
             assert result[i, j].item() == nearest(exact, weight.dtype)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("columns", [1, 3, 27, 32])
 def test_sums_at_ties_and_a_hair_beside_them(dtype: torch.dtype, columns: int) -> None:
@@ -89,6 +91,7 @@ def test_sums_at_ties_and_a_hair_beside_them(dtype: torch.dtype, columns: int) -
             assert result[i, j].item() == nearest(exact, dtype)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rank", [1, 8, 40])
 def test_sum_equals_float64_rounded_once_on_realistic_weights(dtype: torch.dtype, rank: int) -> None:
@@ -104,6 +107,7 @@ def test_sum_equals_float64_rounded_once_on_realistic_weights(dtype: torch.dtype
         assert not torch.equal(result, weight + 0.7 * (b @ a))  # fp32 throughout is not good enough
 
 
+@pytest.mark.usefixtures("way")
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=5), DTYPES)
 @settings(max_examples=50, deadline=None)
 def test_blocks_do_not_matter(heights: list[int], dtype: torch.dtype) -> None:
@@ -120,6 +124,7 @@ def test_blocks_do_not_matter(heights: list[int], dtype: torch.dtype) -> None:
         row += height
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_size_tells_of_values_that_do_not_fit(dtype: torch.dtype, bad: float) -> None:
@@ -168,6 +173,7 @@ def test_shapes_are_checked() -> None:
         lora.inner(a, torch.ones(4, 2), 1.0, a, torch.ones(3, 2), 1.0)
 
 
+@pytest.mark.usefixtures("way")
 @given(st.data(), DTYPES)
 @settings(max_examples=60, deadline=None)
 def test_blocks_of_one_tensor_each_get_their_own_update(data: st.DataObject, dtype: torch.dtype) -> None:
