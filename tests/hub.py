@@ -255,9 +255,16 @@ class Answers(BaseHTTPRequestHandler):
                 files[value["path"]] = self.server.store[value["oid"]]
         self._send(200, {"commitUrl": f"{self.server.url}/{repo}/commit/{'1' * 40}", "commitOid": "1" * 40})
 
-    def tree(self, _: bytes, repo: str, kind: str, branch: str) -> None:
+    def tree(self, _: bytes, repo: str, kind: str, branch: str, folder: str | None = None) -> None:
         files = self.server.at(_key(kind, repo), branch) or {}
-        self._send(200, [_entry(name, content) for name, content in files.items()])
+        start = f"{folder}/" if folder else ""
+        inside = {name: content for name, content in files.items() if name.startswith(start)}
+        folders: list[str] = []
+        if parse_qs(urlsplit(self.path).query).get("recursive", ["true"])[0].lower() == "false":
+            folders = sorted({start + rest.split("/")[0] for name in inside if "/" in (rest := name[len(start) :])})
+            inside = {name: content for name, content in inside.items() if "/" not in name[len(start) :]}
+        entries = [{"type": "directory", "path": name, "size": 0, "oid": "0" * 40} for name in folders]
+        self._send(200, [*entries, *(_entry(name, content) for name, content in inside.items())])
 
     def paths(self, body: bytes, repo: str, kind: str, branch: str) -> None:
         files = self.server.at(_key(kind, repo), branch) or {}
@@ -303,7 +310,7 @@ READING = [
     (r"/api/whoami-v2", Answers.whoami),
     (rf"/api/{KIND}/{NAME}", Answers.info),
     (rf"/api/{KIND}/{NAME}/revision/(?P<revision>.+)", Answers.info),
-    (rf"/api/{KIND}/{NAME}/tree/(?P<branch>[^/]+)/?", Answers.tree),
+    (rf"/api/{KIND}/{NAME}/tree/(?P<branch>[^/]+)(?:/(?P<folder>.*?))?/?", Answers.tree),
     (r"/store/(?P<oid>[0-9a-f]{64})", Answers.stored),
     (rf"/(?:(?P<kind>datasets)/)?{NAME}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", Answers.resolve),
 ]

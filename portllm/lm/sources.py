@@ -117,6 +117,8 @@ def _reason(error: Exception) -> str:
     for kind, text in known.items():
         if any(isinstance(link, kind) for link in links):
             return text
+    if any("gated dataset" in str(link) for link in links):  # how `datasets` tells it
+        return known[errors.GatedRepoError]
     said = refusals.line(str(error)) or type(error).__name__
     if refusals.of_the_network(error) or any(isinstance(link, ConnectionError) for link in links):
         return f"the hub cannot be reached ({said}); check the network, or {FILES}"
