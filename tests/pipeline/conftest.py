@@ -66,6 +66,7 @@ def project(tmp_path: Path) -> Callable[..., Project]:
             shutil.copy(ROOT / name, folder / name)
         shutil.copytree(ROOT / "portllm", folder / "portllm", ignore=shutil.ignore_patterns("__pycache__"))
         (folder / ".git").mkdir()
+        (folder / "data" / "local").mkdir(parents=True)  # where a user's own data would be
         one = Project(folder, path)
         one.dvc("init", "--no-scm", "-q")
         return one
