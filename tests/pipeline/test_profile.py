@@ -1,6 +1,7 @@
 """A profile of real tasks and models runs the same dvc.yaml, whole, by the one documented command, beside the world's.
 
-The profile is as small as one can be: a random Llama in a directory, eight rows a task, one update by merged LoRA.
+The profile is as small as one can be: a random Llama in a directory, one task of eight rows, answered by generating, and
+one update by merged LoRA.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.pipeline, pytest.mark.slow]
 
 PROFILE = """
-tasks: [sst2, gsm8k]
+tasks: [gsm8k]
 releases: [v0, alpaca]
 prepare: {data: data/local, corpora: {alpaca: {source: alpaca, test_rows: 8}}}
 fetch: {source: ../../model}
 evolve:
   mode: lora
+  seed: 1
   block_length: 16
   optim: {learning_rate: 1e-3, max_steps: 2, batch_size: 2, threads: 1}
   lora: {r: 4, alpha: 8}
@@ -59,8 +61,6 @@ def tiny(project: Callable[..., Any]) -> Any:
 def write_data(folder: Path) -> None:
     """Rows in the hub's columns."""
     rows: dict[str, list[dict[str, Any]]] = {
-        "sst2/train": [{"sentence": f"a {w} film ", "label": i % 2, "idx": i} for i, w in enumerate(ADJECTIVES)],
-        "sst2/validation": [{"sentence": f"the {w} one ", "label": i % 2, "idx": i} for i, w in enumerate(ADJECTIVES)],
         "gsm8k/train": [{"question": f"What is {i} and 2?", "answer": f"Add.\n#### {i + 2}"} for i in range(8)],
         "gsm8k/test": [{"question": f"What is {i} and 3?", "answer": f"Add.\n#### {i + 3}"} for i in range(8)],
         "alpaca/train": [
@@ -110,16 +110,16 @@ def test_one_command_runs_a_profile_whole_and_leaves_the_project_alone(tiny: Any
     assert (ported / "adapter_model.safetensors").is_file()
     scores = json.loads((there / "results" / "evaluate" / "alpaca.json").read_text())
     arms = {(row["task"], row["arm"]) for row in scores["results"]}
-    assert {(task, arm) for task in ("sst2", "gsm8k") for arm in ("base", "ported", "tuned")} <= arms
+    assert {("gsm8k", arm) for arm in ("base", "ported", "tuned")} <= arms
     metrics = json.loads((there / "results" / "metrics.json").read_text())
     assert set(metrics) == {"v0", "alpaca"}
     assert {"ported", "retuned", "base"} <= set(metrics["alpaca"]["gsm8k"])
     text = (there / "results" / "report" / "report.md").read_text()
     assert "exact_match,flexible-extract" in text
     assert "no probe was recorded" in text
-    assert "patch gives the answers it gave before (2 of 2 tasks)" in text
+    assert "patch gives the answers it gave before (1 of 1 tasks)" in text
     decided = json.loads((there / "results" / "register" / "alpaca.json").read_text())
-    assert {one["task"] for one in decided["decisions"]} == {"sst2", "gsm8k"}
+    assert {one["task"] for one in decided["decisions"]} == {"gsm8k"}
 
     assert {name: (tiny.folder / name).read_bytes() for name in before} == before
     assert not (tiny.folder / "dvc.lock").exists()
