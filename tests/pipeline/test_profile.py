@@ -1,7 +1,7 @@
 """A profile of real tasks and models runs the same dvc.yaml, whole, by the one documented command, beside the world's.
 
-The profile is as small as one can be: a random Llama in a directory, one task of eight rows, answered by generating, and
-one update by merged LoRA.
+The profile is as small as one can be: a random Llama in a directory, one task of eight rows, answered by generating,
+and one update by merged LoRA.
 """
 
 from __future__ import annotations
