@@ -16,6 +16,9 @@ from portllm.lm.hub import resolve
 if TYPE_CHECKING:
     from portllm.lm.downloading import Download
 
+UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+SMALL_BYTES = 10_000_000  # not worth a word: the index is read before the rest is counted
+
 Progress = Callable[[int, int], None]
 
 
@@ -44,7 +47,10 @@ def copy(found: Path, folder: Path, watch: Watch) -> Source:
 
 def describe(download: Download) -> str:
     """What will be downloaded, and whether there is room, for people."""
-    present = f", {_size(download.present)} of it here already" if download.present else ""
+    here = download.present
+    present = f", {_size(here)} of it here already" if here > SMALL_BYTES else ""
+    if here == download.nbytes:
+        present = ", all of it here already"
     return (
         f"{download.repo} at {download.commit[:12]}: {len(download.files)} files, {_size(download.nbytes)}{present}; "
         f"{_size(download.free)} free on the disk of the hub's cache"
@@ -52,4 +58,5 @@ def describe(download: Download) -> str:
 
 
 def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+    unit, divisor = next(((u, d) for u, d in UNITS if nbytes >= d), UNITS[-1])
+    return f"{nbytes / divisor:.2f} {unit}"
