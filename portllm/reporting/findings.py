@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from portllm.params import Params
@@ -51,6 +52,7 @@ class Findings:
     costs: tuple[CostPair, ...]
     stages: tuple[StageCost, ...]
     published: Beside = Beside()
+    chain: bool = True  # each release comes from the one before it
 
     @property
     def first(self) -> str:
@@ -100,6 +102,7 @@ def find(evidence: Evidence, *, params: Params, models: Path) -> Findings:
         costs=costs.pairs(evidence),
         stages=costs.stages(evidence),
         published=paper.beside(params),
+        chain=all(params.evolve.releases[b].base == a for a, b in pairwise(evidence.releases)),
     )
 
 

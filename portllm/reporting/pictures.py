@@ -57,7 +57,7 @@ def _arms(findings: Findings) -> Figure:
         cells = {cell.release: cell.scores for cell in findings.cells if cell.task == task}
         for arm in drawn:
             here = [(x, cells[r]) for x, r in enumerate(findings.releases) if arm in cells[r]]
-            _trace(axes, [(x + _shift(arm, scores), scores[arm]) for x, scores in here], arm)
+            _trace(axes, [(x + _shift(arm, scores), scores[arm]) for x, scores in here], arm, joined=findings.chain)
         if "tuned" in cells[findings.first]:
             level = 100 * cells[findings.first]["tuned"].value
             axes.axhline(level, color=ARM_COLOURS["tuned"], linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
@@ -80,14 +80,15 @@ def _shift(arm: str, scores: Mapping[str, Score]) -> float:
     return 0.13 * (there.index(arm) - (len(there) - 1) / 2)
 
 
-def _trace(axes: Axes, points: Sequence[tuple[float, Score]], arm: str) -> None:
+def _trace(axes: Axes, points: Sequence[tuple[float, Score]], arm: str, *, joined: bool) -> None:
     xs = [x for x, _ in points]
     ys = [100 * s.value for _, s in points]
     below = [max(0.0, 100 * (s.value - s.low)) for _, s in points]
     above = [max(0.0, 100 * (s.high - s.value)) for _, s in points]
     colour = ARM_COLOURS[arm]
     axes.errorbar(xs, ys, yerr=[below, above], color=colour, linestyle="none", elinewidth=1.1, capsize=2, zorder=3)
-    axes.plot(xs, ys, color=colour, marker=ARM_MARKERS[arm], markeredgecolor=GROUND, linewidth=1.1, zorder=3)
+    line = 1.1 if joined else 0.0  # releases side by side are no course of time
+    axes.plot(xs, ys, color=colour, marker=ARM_MARKERS[arm], markeredgecolor=GROUND, linewidth=line, zorder=3)
 
 
 def _knowledge(findings: Findings) -> Figure:
