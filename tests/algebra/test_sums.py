@@ -166,6 +166,13 @@ def test_a_weight_that_stays_keeps_its_bits_and_zero_is_positive(way: str) -> No
         assert not numpy.signbit(found[found == 0]).any()
 
 
+@pytest.mark.parametrize("dtype", [UINT16, FLOAT16, FLOAT32])
+def test_a_sum_too_small_for_the_dtype_keeps_its_sign(way: str, dtype: Any) -> None:
+    a, b = numpy.array([[2.0**-100, -(2.0**-100), 0.0]], "f4"), numpy.array([[2.0**-100]], "f4")
+    found = rounding.widened(added(narrowed(numpy.zeros((1, 3)), dtype), a, b, 1.0)[1])
+    assert [repr(x) for x in found[0].tolist()] == ["0.0", "-0.0", "0.0"]
+
+
 def test_more_ties_than_the_library_hands_back(way: str) -> None:
     weight = numpy.full((70, 100), 0x3F80, "u2")  # 1
     ones = numpy.ones((70, 1), "f4")
