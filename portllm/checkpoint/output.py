@@ -29,13 +29,11 @@ STALE_SECONDS = 24 * 3600
 
 
 @contextlib.contextmanager
-def staged(
-    out: Path, *, force: bool = False, inputs: Sequence[Path] = (), key: str | None = None
-) -> Iterator[Path]:
+def staged(out: Path, *, force: bool = False, inputs: Sequence[Path] = (), key: str | None = None) -> Iterator[Path]:
     """A directory beside `out` to write into; it becomes `out` when the block ends without error.
 
-    With a `key`, which names the work, the block may fill `kept(out, key)`: that outlives a kill, Ctrl-C or crash, so that
-    the next run under the same key goes on from there; an error that would come again removes it, as does the end.
+    With a `key`, which names the work, the block may fill `kept(out, key)`: that outlives a kill, Ctrl-C or crash, so
+    that the next run under the same key goes on from there; an error that would come again removes it, and the end.
 
     Raises OutputError when `out` is one of `inputs` or lies in one of them, when it exists and is
     not empty (unless `force`), when another process is writing it, or when the disk refuses.

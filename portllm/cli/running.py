@@ -80,6 +80,7 @@ def _of_which_process() -> str:
     """Nothing in the main process; the others give it time to say the same first."""
     if processes.is_main():
         return ""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to clean up here
     time.sleep(OTHERS_WAIT_SECONDS)
     return f" in process {processes.index()} of {processes.count()}"
 

@@ -119,7 +119,8 @@ class Resumed:
     def _own(self, name: str, like: Tensor, device: Any) -> Tensor:
         """This process's row of what `_gathered` made."""
         template = like.to(device).expand(processes.count(), *like.shape)
-        return _spread(self._tensors.get(name), template)[processes.index()].to(like.device)
+        row = _spread(self._tensors.get(name), template)[processes.index()]
+        return row.to(like.device).clone()  # set_rng_state reads a view from the start of what it is a view of
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -164,22 +164,27 @@ def _gathered(model: PreTrainedModel | PeftModel) -> dict[str, Tensor] | None:
     return {name: resuming.whole(parameter) for name, parameter in trained.items()}
 
 
-def _arguments(optim: OptimParams, seed: int, scratch: str) -> TrainingArguments:
-    from transformers import TrainingArguments
-
+def rows_per_process(optim: OptimParams) -> int:
+    """Each process's share of a batch. Raises ParamsError where the processes cannot share it evenly."""
     rows, left = divmod(optim.batch_size, processes.count())
     if left or not rows:
         raise ParamsError(
             f"optim.batch_size counts the rows of all processes together: expected a multiple of the "
             f"{processes.count()} processes, found {optim.batch_size}"
         )
+    return rows
+
+
+def _arguments(optim: OptimParams, seed: int, scratch: str) -> TrainingArguments:
+    from transformers import TrainingArguments
+
     precision = computes_in(optim.precision)
     return TrainingArguments(
         output_dir=scratch,
         learning_rate=optim.learning_rate,
         num_train_epochs=optim.epochs,
         max_steps=optim.max_steps or -1,
-        per_device_train_batch_size=rows,
+        per_device_train_batch_size=rows_per_process(optim),
         gradient_accumulation_steps=optim.gradient_accumulation,
         lr_scheduler_type=optim.schedule,
         lr_scheduler_kwargs=_schedule_settings(optim),

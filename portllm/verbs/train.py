@@ -38,6 +38,7 @@ def run(
     run is gone on with by the next one of the same inputs and parameters. `on_cost` is told what training took.
     Raises DataError, CheckpointError, EvaluationError, ParamsError, MachineError and OutputError.
     """
+    training.rows_per_process(params.optim)  # before anything is read
     read = tasks.digests(task, data, "training")
     key = _key(base, task, read, params) if params.optim.save_steps else None
     with staged(out, force=force, inputs=(base, data), key=key) as folder:

@@ -2,8 +2,8 @@
 
     killed_train.py BASE DATA OUT MOMENTS
 
-A moment is whatever changes the disk, and each step of training. A first run counts them; then runs are killed (SIGKILL)
-at MOMENTS spread over all of them, and run again to the end; the last one is killed three times on its way.
+A moment is whatever changes the disk, and each step of training. A first run counts them; then runs are killed
+(SIGKILL) at MOMENTS spread over all of them, and run again to the end; the last one is killed three times on its way.
 """
 
 from __future__ import annotations

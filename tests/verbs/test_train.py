@@ -21,7 +21,7 @@ from portllm.verbs import prepare, train
 from portllm.world import tokenizer
 
 SCRIPT = Path(__file__).with_name("killed_train.py")
-MOMENTS = 7
+MOMENTS = 6
 TASK = "world_sst2"
 OPTIM = OptimParams(learning_rate=1e-2, max_steps=4, batch_size=4, logging_steps=2, threads=1)
 PARAMS = TrainParams(max_length=64, optim=OPTIM, lora=LoraParams(r=2, alpha=4))
