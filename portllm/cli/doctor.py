@@ -21,9 +21,10 @@ MARKS = {"ok": "ok  ", "warn": "note", "fail": "FAIL"}
 
 @click.command(short_help="What an experiment needs, and whether this machine has it.")
 @PARAMS
+@click.option("--as-if", metavar="GPU", help="Estimate for this machine with such a GPU: H100, or A100:40 with its GB.")
 @JSON
 @click.pass_context
-def doctor(ctx: click.Context, params_file: Path | None, as_json: bool) -> None:
+def doctor(ctx: click.Context, params_file: Path | None, as_if: str | None, as_json: bool) -> None:
     """What an experiment needs, stage by stage, and whether this machine has it; exit 1 if it has not.
 
     Disk follows from counts; memory and hours are estimates, and what they assume is printed. Without --params the
@@ -32,11 +33,12 @@ def doctor(ctx: click.Context, params_file: Path | None, as_json: bool) -> None:
     \b
     Examples:
       portllm doctor --params params.yaml
+      portllm doctor --params profiles/mistral-7b.yaml --as-if H100
       portllm doctor --params profiles/mistral-7b.yaml --json
     """
     from portllm.verbs import doctor as verb
 
-    found = verb.run(params=params.load(params_file) if params_file else None)
+    found = verb.run(params=params.load(params_file) if params_file else None, as_if=as_if)
     answer(found.as_json(), as_json=as_json, line="\n".join(_lines(found)))
     if not found.able:
         ctx.exit(1)

@@ -14,19 +14,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from portllm.errors import ParamsError
+
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "lm-eval", "bitsandbytes", "flash-attn")
 QUERY = ("index", "uuid", "name", "memory.total", "memory.free", "compute_cap")
 FIRST_WITH_BF16 = 8.0  # compute capability (CUDA C++ programming guide, "Arithmetic Instructions")
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 CPU_BANDWIDTH = 20e9
-# makers' data sheets: dense bf16 (fp16 where there is none) FLOP/s, bytes/s of memory; longer names first
+# makers' data sheets: dense bf16 (fp16 where there is none) FLOP/s, bytes/s of memory, largest memory in GB; longer
+# names first
 GPUS = (
-    ("H200", 989e12, 4.8e12), ("H100 PCIe", 756e12, 2.0e12), ("H100", 989e12, 3.35e12), ("H800", 989e12, 3.35e12),
-    ("B200", 2250e12, 8.0e12), ("A100", 312e12, 1.9e12), ("A800", 312e12, 1.9e12), ("L40S", 362e12, 0.86e12),
-    ("L40", 181e12, 0.86e12), ("L4", 121e12, 0.3e12), ("A6000", 155e12, 0.77e12), ("A40", 150e12, 0.7e12),
-    ("A10", 125e12, 0.6e12), ("4090", 165e12, 1.0e12), ("3090", 71e12, 0.94e12), ("V100", 125e12, 0.9e12),
-    ("T4", 65e12, 0.3e12),
+    ("H200", 989e12, 4.8e12, 141), ("H100 PCIe", 756e12, 2.0e12, 80), ("H100", 989e12, 3.35e12, 80),
+    ("H800", 989e12, 3.35e12, 80), ("B200", 2250e12, 8.0e12, 180), ("A100", 312e12, 1.9e12, 80),
+    ("A800", 312e12, 1.9e12, 80), ("L40S", 362e12, 0.86e12, 48), ("L40", 181e12, 0.86e12, 48),
+    ("L4", 121e12, 0.3e12, 24), ("A6000", 155e12, 0.77e12, 48), ("A40", 150e12, 0.7e12, 48),
+    ("A10", 125e12, 0.6e12, 24), ("4090", 165e12, 1.0e12, 24), ("3090", 71e12, 0.94e12, 24),
+    ("V100", 125e12, 0.9e12, 32), ("T4", 65e12, 0.3e12, 16),
 )  # fmt: skip
+WITHOUT_BF16 = ("V100", "T4")
 UNKNOWN_GPU = (100e12, 0.6e12)
 
 
@@ -77,6 +82,21 @@ def inspect(folder: Path) -> Machine:
     )
 
 
+def imagined(gpu: str) -> Gpu:
+    """The device of that name (`H100`, `A100:40` with its GB) as its maker describes it. Raises ParamsError."""
+    name, _, gigabytes = gpu.partition(":")
+    found = next((row for row in GPUS if row[0].lower() == name.strip().lower()), None)
+    if found is None or (gigabytes and not gigabytes.isdecimal()):
+        known = ", ".join(row[0] for row in GPUS)
+        raise ParamsError(f"{gpu}: expected NAME or NAME:GIGABYTES with a name out of {known}")
+    key, flops, rate, largest = found
+    nbytes = int(gigabytes or largest) * 10**9
+    return Gpu(
+        name=key, memory_bytes=nbytes, free_bytes=nbytes, bf16=key not in WITHOUT_BF16, flops_per_second=flops,
+        memory_bytes_per_second=rate, known=True,
+    )  # fmt: skip
+
+
 def cpu_flops_per_second(seconds: float = 0.06) -> float:
     """float32 FLOP/s of this process's matrix products, measured for so long."""
     import numpy as np
@@ -116,7 +136,7 @@ def _gpus() -> Iterator[Gpu]:
         index, uuid, name, total, free, capability = cells
         if chosen is not None and index not in chosen and not any(uuid.startswith(c) for c in chosen):
             continue
-        found = next(((flops, rate) for key, flops, rate in GPUS if key in name), None)
+        found = next(((flops, rate) for key, flops, rate, _ in GPUS if key in name), None)
         flops, rate = found or UNKNOWN_GPU
         with contextlib.suppress(ValueError):  # a device in an odd mode tells no numbers
             yield Gpu(

@@ -59,9 +59,14 @@ class Diagnosis:
         return {"ok": self.able, **dataclasses.asdict(self)}
 
 
-def run(*, params: Params | None, folder: Path = Path()) -> Diagnosis:
-    """Estimate `params` (None: look at the machine only), to run in `folder`. Raises ParamsError for no releases."""
+def run(*, params: Params | None, folder: Path = Path(), as_if: str | None = None) -> Diagnosis:
+    """Estimate `params` (None: look at the machine only), to run in `folder`.
+
+    `as_if` puts a GPU by that name into this machine. Raises ParamsError where it is not known.
+    """
     machine = equipment.inspect(folder)
+    if as_if is not None:
+        machine = dataclasses.replace(machine, gpus=(equipment.imagined(as_if),), torch_cuda="as if")
     if params is None or not params.releases:
         return _of_machine(machine)
     found, troubles = _models(params)

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from portllm import params
 from portllm.cli import main
+from portllm.errors import ParamsError
 from portllm.lm import equipment
 from portllm.lm.equipment import Gpu, Machine
 from portllm.verbs import doctor
@@ -126,3 +127,13 @@ def test_nvidia_smi_is_read_and_hidden_devices_are_left_out(monkeypatch: pytest.
     assert [one.name for one in equipment._gpus()] == ["Tesla T4"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert list(equipment._gpus()) == []
+
+
+def test_a_gpu_can_be_imagined(tmp_path: Path) -> None:
+    profile = params.load(PROFILE)
+    large, small = (doctor.run(params=profile, folder=tmp_path, as_if=name) for name in ("H100", "a100:40"))
+    assert (large.device, small.device) == ("H100", "A100")
+    assert small.machine.gpus[0].memory_bytes == 40 * 10**9
+    assert large.hours < small.hours < 24 * 14
+    with pytest.raises(ParamsError, match="H100"):
+        doctor.run(params=profile, folder=tmp_path, as_if="abacus")
