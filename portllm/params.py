@@ -25,7 +25,10 @@ ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusParams:
-    """Text a release is made from: a name under `prepare.data`, a known corpus or a hub id; `rows` 0: all of them."""
+    """Text a release is made from: a name under `prepare.data`, a known corpus or a hub id; `rows` 0: all of them.
+
+    Several are joined by `+`: their training splits, one after the other.
+    """
 
     source: str
     revision: str | None = None

@@ -5,20 +5,22 @@
     system_prompt, question, response     ### System: … ### Instruction: … ### Response: … (OpenOrca)
     conversations, messages               the same three headings, a part for each message (SlimOrca, chats)
     text                                  as it is
+    those of one of the seven tasks       its text, one column a line, without the labels
 
 A heading stands on a line of its own, its text below it, a blank line between the parts; a part without text is left
-out. A text file holds documents parted by blank lines.
+out. A text file holds documents parted by blank lines. Sources joined by + are read one after the other, all of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portllm.errors import DataError
-from portllm.lm import own_rows, sources, splitting, tables
+from portllm.lm import columns, own_rows, sources, splitting, tables
 from portllm.lm.preparing import TEST, TRAIN, Prepared
 
 if TYPE_CHECKING:
@@ -34,17 +36,17 @@ KNOWN: Mapping[str, str] = {
     "AlpacaGPT4": "vicgalle/alpaca-gpt4",
 }
 _HEADINGS = {"system": "### System:", "user": "### Instruction:", "assistant": "### Response:", "input": "### Input:"}
+JOINED = "+"
 Parts = Sequence[tuple[str, str | None]]
 
 
 def corpus(release: str, recipe: CorpusParams, data: Path, seed: int) -> Prepared:
     """The texts of `release`: `recipe.rows` of its source to train on, `recipe.test_rows` held out; column `text`.
 
-    The source is a folder or file under `data`, a known name, or a dataset of the hub. Raises DataError.
+    The source is a folder or file under `data`, a known name, or a dataset of the hub, or several joined by `+`, of
+    which the training splits are read. Raises DataError.
     """
-    loaded = _load(recipe, data)
-    decisions = Counter(loaded.decisions)
-    texts = {split: documents(loaded.splits[split], f"{recipe.source}: {split}", decisions) for split in loaded.splits}
+    loaded, decisions, texts = _read(recipe, data)
     mark = f"{seed}:corpus_{release}"
     test = texts.get(TEST, [])
     if TEST in texts:
@@ -77,6 +79,29 @@ def documents(table: Table, where: str, decisions: Counter[str]) -> list[str]:
     if not kept:
         raise DataError(f"{where}: none of {len(texts)} rows has any text")
     return kept
+
+
+def _read(recipe: CorpusParams, data: Path) -> tuple[sources.Loaded, Counter[str], dict[str, list[str]]]:
+    """Where the texts come from, what was decided about them, and the texts of each split."""
+    names = recipe.source.split(JOINED)
+    parts = {name: _load(dataclasses.replace(recipe, source=name), data) for name in names}
+    decisions: Counter[str] = Counter()
+    texts: dict[str, list[str]] = {}
+    for name, part in parts.items():
+        decisions.update(part.decisions)
+        # of several, each would hold out as it likes: what is held out is chosen from all of them
+        for split in part.splits if len(parts) == 1 else (TRAIN,):
+            texts.setdefault(split, []).extend(documents(part.splits[split], f"{name}: {split}", decisions))
+    if len(parts) == 1:
+        return next(iter(parts.values())), decisions, texts
+    revisions = JOINED.join(part.revision or "" for part in parts.values())
+    origin = sources.Loaded(
+        splits={},
+        source=sources.LOCAL if {part.source for part in parts.values()} == {sources.LOCAL} else recipe.source,
+        revision=revisions if revisions.strip(JOINED) else None,
+        files={path: digest for part in parts.values() for path, digest in part.files.items()},
+    )
+    return origin, decisions, texts
 
 
 def _load(recipe: CorpusParams, data: Path) -> sources.Loaded:
@@ -125,8 +150,11 @@ def _form(table: Table, where: str) -> Callable[[Mapping[str, Any], str], str]:
             )
     if tables.TEXT in names:
         return lambda row, at: _checked(row[tables.TEXT], at) or ""
+    # the task with most of its text here: sst2's only column is one of winogrande's
+    if told := max((task.text for task in columns.KNOWN.values() if names.issuperset(task.text)), key=len, default=()):
+        return lambda row, at: "\n".join(_checked(row[column], at) or "" for column in told)
     raise DataError(
-        f"{where}: expected the columns text; instruction and output; question and response; or messages; "
+        f"{where}: expected the columns text; instruction and output; question and response; messages; or a task's; "
         f"found {', '.join(table.column_names)}"
     )
 

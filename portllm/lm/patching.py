@@ -31,7 +31,8 @@ class TrainedPatch:
 
     def save(self, folder: Path, *, base_name: str) -> None:
         """Write adapter_config.json and adapter_model.safetensors, naming the base without a machine's path."""
-        self.model.save_pretrained(str(folder), state_dict=self.weights)
+        # of an adapted embedding PEFT would save the base's own weights too, which would go over another release's
+        self.model.save_pretrained(str(folder), state_dict=self.weights, save_embedding_layers=False)
         path = folder / CONFIG
         config = json.loads(path.read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = base_name
