@@ -245,7 +245,7 @@ def _evaluate(params: Params, shapes: Mapping[str, Shape], pace: Pace) -> Need:
         seconds += HEAVY_START_SECONDS
         loaded = 2 if params.port.as_ == "merged" else 1  # a merged port is loaded beside the bare release
         logits = EVALUATED_ROWS * EVALUATED_TOKENS * shape.vocabulary * (pace.element_bytes + 4)
-        memory = max(memory, int(loaded * _weights_bytes(shape, pace) + logits))
+        memory = max(memory, loaded * shape.stored_bytes + logits)  # in the dtype that is stored
         for task in params.tasks:
             known = _task(task, params)
             if known is None:
@@ -268,7 +268,7 @@ def _scored_seconds(task: Task, shape: Shape, params: Params, pace: Pace) -> flo
     if not task.generated:
         return read
     # each generated token reads all weights once for the whole batch
-    floor = _weights_bytes(shape, pace) / pace.memory_bytes_per_second
+    floor = shape.stored_bytes / pace.memory_bytes_per_second
     token = max(floor, pace.step_seconds(2 * shape.multiplied * batch, shape.layers, 1))
     return read + steps * GENERATED_TOKENS * token
 
