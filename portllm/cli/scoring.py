@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from portllm import params
+from portllm.cli.launching import launchable
 from portllm.cli.options import COMMA_LIST, DIRECTORY, TRUST, apply, common, of_section
 from portllm.cli.running import Common, answer, stage
 
@@ -30,6 +31,7 @@ from portllm.cli.running import Common, answer, stage
 @click.option("--cache/--no-cache", default=True, help="Take what was scored before from the cache [default: yes].")
 @TRUST
 @of_section("evaluate", params.EvaluateParams)
+@launchable
 @common
 def evaluate(
     model: str,
@@ -51,6 +53,7 @@ def evaluate(
     Examples:
       portllm evaluate new-base --patch my-patch --patch ported --tasks boolq,sst2 --out scores.json
       portllm evaluate models/releases/v1 --patch models/ported/v1 --tasks world_boolq --data data/tasks --out v1.json
+      portllm evaluate new-base --launch configs/accelerate/gpus-ddp.yaml --tasks boolq --out scores.json
     """
     from portllm.cli.lineage import of_evaluation
     from portllm.lm.hub import resolve

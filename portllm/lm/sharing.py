@@ -5,11 +5,14 @@ All processes must make the same calls in the same order, or they wait for one a
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from portllm import processes
 
 Value = TypeVar("Value")
+
+LONGEST_WAIT = timedelta(weeks=4)
 
 
 def device() -> Any:
@@ -43,6 +46,10 @@ def gathered(value: Value) -> list[Value]:
 
 
 def _state() -> Any:
+    """Of this process; the first call joins the others, and each may then wait for another as long as it takes."""
+    import torch
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    return PartialState()  # the first call joins the other processes
+    cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=cpu, timeout=LONGEST_WAIT)
