@@ -84,13 +84,14 @@ def documents(table: Table, where: str, decisions: Counter[str]) -> list[str]:
 def _read(recipe: CorpusParams, data: Path) -> tuple[sources.Loaded, Counter[str], dict[str, list[str]]]:
     """Where the texts come from, what was decided about them, and the texts of each split."""
     names = recipe.source.split(JOINED)
-    parts = {name: _load(dataclasses.replace(recipe, source=name), data) for name in names}
+    # of several, each would hold out as it likes: what is held out is chosen from the training splits of all
+    wanted = None if len(names) == 1 else (TRAIN,)
+    parts = {name: _load(dataclasses.replace(recipe, source=name), data, wanted) for name in names}
     decisions: Counter[str] = Counter()
     texts: dict[str, list[str]] = {}
     for name, part in parts.items():
         decisions.update(part.decisions)
-        # of several, each would hold out as it likes: what is held out is chosen from all of them
-        for split in part.splits if len(parts) == 1 else (TRAIN,):
+        for split in part.splits:
             texts.setdefault(split, []).extend(documents(part.splits[split], f"{name}: {split}", decisions))
     if len(parts) == 1:
         return next(iter(parts.values())), decisions, texts
@@ -104,9 +105,9 @@ def _read(recipe: CorpusParams, data: Path) -> tuple[sources.Loaded, Counter[str
     return origin, decisions, texts
 
 
-def _load(recipe: CorpusParams, data: Path) -> sources.Loaded:
+def _load(recipe: CorpusParams, data: Path, wanted: Sequence[str] | None) -> sources.Loaded:
     if sources.here(data, recipe.source):
-        loaded = sources.local(data, recipe.source)
+        loaded = sources.local(data, recipe.source, wanted)
         if TRAIN in loaded.splits:
             return loaded
         if len(loaded.splits) == 1:
@@ -118,8 +119,8 @@ def _load(recipe: CorpusParams, data: Path) -> sources.Loaded:
             f"{recipe.source}: neither in {data} nor a known corpus ({', '.join(KNOWN)}) nor a dataset of the hub "
             "(OWNER/NAME); put its files there, or mend prepare.corpora"
         )
-    wanted = recipe.rows + recipe.test_rows if recipe.rows else 0
-    return sources.hub(repo, None, [TRAIN], recipe.revision, choose=lambda count: splitting.sample(count, wanted, repo))
+    rows = recipe.rows + recipe.test_rows if recipe.rows else 0
+    return sources.hub(repo, None, [TRAIN], recipe.revision, choose=lambda count: splitting.sample(count, rows, repo))
 
 
 def _apart(texts: Sequence[str], recipe: CorpusParams, mark: str) -> tuple[list[str], list[str]]:
