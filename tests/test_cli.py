@@ -69,7 +69,7 @@ def test_usage_errors_exit_with_two() -> None:
     [
         (("fingerprint", "no/such/dir"), "no/such/dir"),
         (("port", "nopatch/x/y", "--onto", "nobase", "--out", "out"), "nopatch/x/y"),
-        (("prepare", "world_chess", "--out", "out"), "world_chess: no such task in the LM Evaluation Harness nor in the embedded world"),
+        (("prepare", "world_chess", "--out", "out"), "world_chess: no such task in the LM Evaluation Harness"),
         (("prepare", "world_boolq", "--out", "out", "--params", "none.yaml"), "none.yaml: cannot be read"),
         (("fetch", "world", "--out", "out"), "--corpus"),
         (("register", "nowhere", "--results", "none.json"), "none.json"),

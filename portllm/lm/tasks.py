@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from portllm.checkpoint import provenance
 from portllm.errors import DataError, EvaluationError
-from portllm.lm import asking, columns, own, prompts, stock, tables
+from portllm.lm import asking, columns, own, prompts, sources, stock, tables
 from portllm.lm.encoding import Pair
 from portllm.world import datasets
 
@@ -37,7 +37,7 @@ def spec(name: str, data: Path | None, tokenizer: PreTrainedTokenizerBase | None
     folder = None if data is None else data / name
     if folder is None or not folder.is_dir():
         return name
-    config = own.load(folder, tokenizer) if own.is_own(folder) else stock.definition(name)
+    config = definition(name, folder.parent, tokenizer)
     named = stock.splits(config)
     files = {split: path for split in set(named.values()) if (path := split_file(folder, split))}
     asked = stock.asked_split(config)
@@ -83,7 +83,14 @@ def digests(name: str, data: Path, part: Literal["all", "training", "evaluation"
 def definition(name: str, data: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
     """The harness's configuration of `name`, a user's own in DATA/<name> before any other. Raises PortllmError."""
     folder = data / name
-    return own.load(folder, tokenizer) if own.is_own(folder) else stock.definition(name)
+    if own.is_own(folder):
+        return own.load(folder, tokenizer)
+    if sources.here(data, name) and stock.find(name) is None:
+        raise DataError(
+            f"{name}: data of your own are prepared first: `portllm prepare {name} --data {data} --out DIR/{name}`, "
+            "then --data DIR"
+        )
+    return stock.definition(name)
 
 
 def split_file(folder: Path, split: str) -> Path | None:
