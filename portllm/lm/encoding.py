@@ -38,6 +38,13 @@ class Encoded:
     cut: int
     dropped: int
 
+    def notes(self, max_length: int) -> list[str]:
+        """What a user should know of the rows that did not fit, a line each."""
+        rows = len(self.examples) + self.dropped
+        cut = f"{self.cut} of {rows} rows are longer than {max_length} tokens: the start of their prompt is cut off"
+        dropped = f"{self.dropped} of {rows} rows have no answer that fits in {max_length} tokens: left out"
+        return [*([cut] if self.cut else []), *([dropped] if self.dropped else [])]
+
 
 def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], max_length: int, *, eos: bool = True) -> Encoded:
     """(context, continuation) pairs as examples with loss on the continuation and the end token (`eos`) only.

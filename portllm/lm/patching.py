@@ -60,6 +60,8 @@ def train(
     quieten()
     tokenizer = loading.tokenizer_of(base)
     encoded = encoding.encode(tokenizer, pairs, params.max_length)
+    for note in encoded.notes(params.max_length):
+        on_note(note)
     model = loading.frozen_base(base, params.optim, params.quantization)
     patched = training.add_lora(model, params.lora, params.seed)
     trainable = patched.num_parameters(only_trainable=True)  # once sharded, a process sees its share alone

@@ -149,6 +149,11 @@ def test_the_end_is_added_once_and_only_where_wanted(words: Any) -> None:
 def test_rows_too_long_are_cut_at_the_start_or_dropped_and_counted(words: Any) -> None:
     encoded = encoding.encode(words, PAIRS, max_length=5)
     assert (encoded.cut, encoded.dropped) == (1, 1)
+    assert encoded.notes(5) == [
+        "1 of 3 rows are longer than 5 tokens: the start of their prompt is cut off",
+        "1 of 3 rows have no answer that fits in 5 tokens: left out",
+    ]
+    assert encoding.encode(words, PAIRS, max_length=32).notes(32) == []
     assert all(len(example["input_ids"]) <= 5 for example in encoded.examples)
     assert words.decode(encoded.examples[0]["input_ids"]) == ". Answer : yes </s>"
     assert encoding.encode(words, [*PAIRS, ("Answer:", "")], 32).dropped == 1, "an empty answer teaches nothing"

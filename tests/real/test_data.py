@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from portllm.checkpoint.records import DatasetRecord
+from portllm.checkpoint.records import DatasetRecord, PatchRecord
+from portllm.cli import main
 from portllm.lm import asking, columns, encoding, tasks
 from portllm.params import CorpusParams, PrepareParams
 from portllm.verbs import prepare
@@ -134,6 +136,21 @@ def fed_by_the_harness(lm: Any, task: Any, monkeypatch: pytest.MonkeyPatch) -> d
     monkeypatch.setattr(lm, "_loglikelihood_tokens", take)
     lm.loglikelihood(task.instances, disable_tqdm=True)
     return fed
+
+
+def test_rows_longer_than_the_limit_are_counted_and_said(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    prepare.run(dataset="gsm8k", out=data / "gsm8k", params=PrepareParams(data=str(DATASETS), limit=20))
+    words = ["train", "--base", STORIES, "--task", "gsm8k", "--data", data, "--out", tmp_path / "patch"]
+    limits = ["--max-length", "256", "--max-steps", "1", "--precision", "fp32"]
+    done = CliRunner().invoke(main, ["--no-track", *map(str, words), *limits])
+    assert done.exit_code == 0, done.output
+    metrics = PatchRecord.read(tmp_path / "patch").metrics
+    assert metrics["rows_cut"] > 0
+    assert metrics["rows_dropped"] > 0
+    assert metrics["rows"] + metrics["rows_dropped"] == 20
+    assert f"{metrics['rows_cut']} of 20 rows are longer than 256 tokens" in done.stderr
+    assert f"{metrics['rows_dropped']} of 20 rows have no answer that fits in 256 tokens: left out" in done.stderr
 
 
 @pytest.mark.parametrize("source", ["alpaca", "alpaca_gpt4_sample"])
