@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 _SPLIT = re.compile(r"[\w.-]+")
+_NAME = re.compile(r"\w[\w.()-]*")  # some of the harness's hold parentheses
 # what the hub's library reads that is no dataset of the hub
 _BUILDERS = frozenset({"parquet", "json", "csv", "text", "arrow", "webdataset", "imagefolder", "audiofolder"})
 
@@ -46,6 +47,8 @@ def task(name: str, params: PrepareParams) -> Prepared:
 
     Raises DataError for what is wrong with the data, EvaluationError for a name nobody knows.
     """
+    if not _NAME.fullmatch(name):
+        raise DataError(f"{name!r}: no name of a task; expected letters, digits, _, - and . alone")
     data = Path(params.data)
     found = sources.here(data, name)
     if found and stock.find(name) is None:

@@ -89,23 +89,19 @@ def test_training_and_evaluation_prompts_are_equal_token_for_token(
     task.set_config("num_fewshot", 0)
     task.build_all_requests()
     fed = fed_by_the_harness(stories, task, monkeypatch)
+    rows = list(task.eval_docs)
+    of_choice = {(request.doc_id, request.idx): request.args for request in task.instances}
     for number, (pair, example) in enumerate(zip(pairs, encoded.examples, strict=True)):
         if task.OUTPUT_TYPE == "generate_until":
             given = fed[number][pair[0]]
             said = words.encode(pair[0] + pair[1])[len(given) :]
-            assert pair[1].endswith(str(task.eval_docs[number]["answer"])), "the whole reasoning"
+            assert pair[1].endswith(rows[number]["answer"]), "the whole reasoning"
         else:
             given, said = fed[number][tuple(pair)]
-            label = task.eval_docs[number].get("label", task.eval_docs[number].get("answer"))
-            assert tuple(pair) == request_of(task, number, int(label) - (name == "winogrande"))
+            label = rows[number].get("label", rows[number].get("answer"))
+            assert pair == of_choice[number, int(label) - (name == "winogrande")]
         assert example["input_ids"] == [*given, *said, words.eos_token_id]
         assert example["labels"] == [encoding.IGNORED] * len(given) + [*said, words.eos_token_id]
-
-
-def request_of(task: Any, number: int, choice: int) -> tuple[str, str]:
-    """What the harness asks of one choice of a row."""
-    (found,) = [r.args for r in task.instances if (r.doc_id, r.idx) == (number, choice)]
-    return tuple(found)
 
 
 def fed_by_the_harness(lm: Any, task: Any, monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[Any, Any]]:

@@ -131,6 +131,13 @@ def test_chats_keep_their_messages(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "../mine", "a/b", "a b", "-x", "a\0b"])
+def test_a_name_that_is_a_path_is_refused(tmp_path: Path, name: str) -> None:
+    lines(tmp_path / "data" / "mine.jsonl", OWN)
+    with pytest.raises(DataError, match="no name of a task"):
+        prepare.run(dataset=name, out=tmp_path / "out", params=PrepareParams(data=str(tmp_path / "data")))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, -1.0])
 def test_a_share_that_leaves_nothing_is_refused(share: float) -> None:
     with pytest.raises(ParamsError, match="held_out"):
