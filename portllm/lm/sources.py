@@ -34,8 +34,11 @@ class Loaded:
 
 
 def here(data: Path, name: str) -> bool:
-    """Whether DATA has a folder or a file of that name."""
-    return (data / name).is_dir() or any(_beside(data, name))
+    """Whether DATA has a folder or a file of that name. Raises DataError where it cannot be looked at."""
+    try:
+        return (data / name).is_dir() or any(_beside(data, name))
+    except OSError as error:
+        raise _unseen(data / name, error) from error
 
 
 def local(data: Path, name: str, splits: Sequence[str] | None = None) -> Loaded:
@@ -79,9 +82,20 @@ def hub(
     for split in splits:
         with _reasons(f"{repo}@{commit[:8]}: split {split}"):
             rows = datasets.load_dataset(repo, config, split=split, revision=commit, **settings)
+        _check_commit(rows, repo, commit)
+        with _reasons(f"{repo}@{commit[:8]}: split {split}"):
             kept = rows if choose is None else rows.select(choose(len(rows)))
             found[split] = kept.with_format("arrow")[:]
     return Loaded(splits=found, source=repo, revision=commit)
+
+
+def _check_commit(rows: Any, repo: str, commit: str) -> None:
+    """Where the hub is out of reach or refuses, `datasets` takes its latest copy, of whatever commit: not for us."""
+    if others := {Path(file["filename"]).parent.name for file in rows.cache_files} - {commit}:
+        raise DataError(
+            f"{repo}: the hub did not give commit {commit[:12]}, and the latest copy on this machine is of "
+            f"{min(others)[:12]}; see that the hub can be reached and lets you in, or {FILES}"
+        )
 
 
 def resolve(repo: str, revision: str | None) -> str:
@@ -128,7 +142,10 @@ def _reason(error: Exception) -> str:
 def _files(data: Path, name: str) -> dict[str, list[Path]]:
     folder = data / name
     if folder.is_dir():
-        paths = sorted(path for path in folder.iterdir() if path.suffix in tables.ENDINGS and path.is_file())
+        try:
+            paths = sorted(path for path in folder.iterdir() if path.suffix in tables.ENDINGS and path.is_file())
+        except OSError as error:
+            raise _unseen(folder, error) from error
         if not paths:
             raise DataError(f"{folder}: holds no data; expected <split> with one of {', '.join(tables.ENDINGS)}")
         splits = dict.fromkeys(path.stem for path in paths)
@@ -141,6 +158,10 @@ def _files(data: Path, name: str) -> dict[str, list[Path]]:
 
 def _beside(data: Path, name: str) -> list[Path]:
     return [path for ending in tables.ENDINGS if (path := data / f"{name}{ending}").is_file()]
+
+
+def _unseen(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be looked at ({error.strerror}); check the path and its permissions")
 
 
 def _names(paths: Sequence[Path]) -> str:

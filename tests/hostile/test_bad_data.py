@@ -215,6 +215,11 @@ def test_a_training_row_that_is_asked_is_taken_out_of_a_known_task(tmp_path: Pat
     assert "1 training rows are asked in evaluation too" in done.stderr
 
 
+def test_a_path_that_cannot_be_looked_at_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    refused(tmp_path, prepare("x" * 300, tmp_path / "data"), "cannot be looked at (File name too long)")
+
+
 def test_out_may_not_be_the_data_it_is_made_from(tmp_path: Path) -> None:
     data = lay(tmp_path, {"own/train.jsonl": lines(OWN)})
     words = ["prepare", "own", "--data", str(data), "--out", str(data / "own"), "--force"]
