@@ -6,6 +6,7 @@ All against a stand-in of the hub's HTTP API.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import signal
@@ -175,9 +176,29 @@ def test_a_connection_cut_short_is_taken_up_where_it_broke(hub: Any, monkeypatch
     assert 200_000 - PIECE < firsts[2] - firsts[1] < 210_000
 
 
-def test_a_file_that_arrives_changed_is_never_used(hub: Any) -> None:
-    import hashlib
+@pytest.mark.parametrize("ignored", [False, True])
+def test_what_an_earlier_run_left_is_gone_on_with_or_begun_anew(hub: Any, ignored: bool) -> None:
+    hub.add(REPO, {**MODEL, "model.safetensors": LARGE[:100]})
+    cache = resolve(REPO).parent.parent
+    hub.add(REPO, MODEL)
+    left = cache / "blobs" / (hashlib.sha256(LARGE).hexdigest() + downloading.PART)
+    left.write_bytes(LARGE[:300_000])
+    hub.ignores_ranges = ignored
+    hub.ranges.clear()
+    heard: list[tuple[int, int]] = []
+    assert contents(resolve(REPO, on_progress=lambda *done: heard.append(done))) == wanted()
+    assert [first for _, first in hub.ranges] == [0 if ignored else 300_000]
+    total = sum(map(len, wanted().values()))
+    assert max(done for done, _ in heard) == heard[-1][0] == total
+    assert (min(done for done, _ in heard) < 300_000) == ignored
+    # longer than the file itself: not what it claims to be
+    hub.add(REPO, {**MODEL, "model.safetensors": LARGE[:200_000]})
+    other = cache / "blobs" / (hashlib.sha256(LARGE[:200_000]).hexdigest() + downloading.PART)
+    other.write_bytes(LARGE)
+    assert contents(resolve(REPO))["model.safetensors"] == LARGE[:200_000]
 
+
+def test_a_file_that_arrives_changed_is_never_used(hub: Any) -> None:
     hub.add(REPO, MODEL)
     hub.spoils = hashlib.sha256(LARGE).hexdigest()
     with pytest.raises(CheckpointError, match=r"model\.safetensors did not arrive as the hub has it"):
