@@ -18,7 +18,7 @@
 #define VERSION 1 /* of `struct sums`; kernel.py takes no other */
 #define PANEL 32  /* columns of A that stand together */
 #define CHUNK 8   /* terms summed apart, which halves the bound at common ranks and more beyond */
-#define CACHE (384 << 10) /* bytes of A that stay in the first-level cache */
+#define CACHE (256 << 10) /* bytes of A that stay in the second-level cache */
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 
@@ -138,19 +138,44 @@ INLINE void note(struct sums *s, uint32_t size)
 #define JOIN(x, y) JOIN_(x, y)
 #define NAME(x) JOIN(x, LEVEL)
 
+/* Conversions, which not every compiler makes one instruction of. */
 #if defined(__x86_64__)
+#include <immintrin.h>
+
+#define FLOATS_OF(x) (few) _mm512_cvtpd_ps((__m512d)(x))
+#define DOUBLES_OF(x) (doubles) _mm512_cvtps_pd((__m256)(x))
+#define WORDS_OF(x) (words) _mm512_cvtepu16_epi32((__m256i)(x))
+#define HALVES_OF(x) (halves) _mm512_cvtepi32_epi16((__m512i)(x))
 #define LEVEL avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #define BYTES 64
-#define TALL 4
+#define TALL 6
 #include "_sums_tile.h"
 
+#undef FLOATS_OF
+#undef DOUBLES_OF
+#undef WORDS_OF
+#undef HALVES_OF
+#define FLOATS_OF(x) (few) _mm256_cvtpd_ps((__m256d)(x))
+#define DOUBLES_OF(x) (doubles) _mm256_cvtps_pd((__m128)(x))
+#define WORDS_OF(x) (words) _mm256_cvtepu16_epi32((__m128i)(x))
+#define HALVES_OF(x) __builtin_convertvector(x, halves)
 #define LEVEL avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define BYTES 32
 #define TALL 2
 #include "_sums_tile.h"
+
+#undef FLOATS_OF
+#undef DOUBLES_OF
+#undef WORDS_OF
+#undef HALVES_OF
 #endif
+
+#define FLOATS_OF(x) __builtin_convertvector(x, few)
+#define DOUBLES_OF(x) __builtin_convertvector(x, doubles)
+#define WORDS_OF(x) __builtin_convertvector(x, words)
+#define HALVES_OF(x) __builtin_convertvector(x, halves)
 
 #define LEVEL plain
 #define TARGET

@@ -74,10 +74,10 @@ TARGET INLINE few_words NAME(rounded)(enum kind kind, doubles x)
     magic = (doubles)unit * MAGIC(kind);
     near = ((doubles)size + magic) - magic;
     if (kind == BF16)
-        return (few_words)__builtin_convertvector(near, few) >> 16 | sign;
+        return (few_words)FLOATS_OF(near) >> 16 | sign;
     small = (longs)(near < 0x1p16);
     near = (doubles)(((longs)near & small) | ((longs)((doubles){0} + 0x1p16) & ~small));
-    close = __builtin_convertvector(near, few) * 0x1p-112f;
+    close = FLOATS_OF(near) * 0x1p-112f;
     return (few_words)close >> 13 | sign;
 }
 
@@ -97,7 +97,7 @@ TARGET static __attribute__((noinline)) words NAME(again)(struct sums *s, enum k
     doubles total[4] = {{0}, {0}, {0}, {0}};
     int64_t k = 0;
     memcpy(&short_bits, old, sizeof short_bits);
-    bits = __builtin_convertvector(short_bits, words);
+    bits = WORDS_OF(short_bits);
     wide = NAME(widen)(kind, bits);
     memcpy(weights, &wide, sizeof weights);
     memcpy(norm, norms, sizeof norm);
@@ -105,17 +105,17 @@ TARGET static __attribute__((noinline)) words NAME(again)(struct sums *s, enum k
         memcpy(part, a + k * PANEL, sizeof part / 2);
         memcpy(part + 2, a + (k + 1) * PANEL, sizeof part / 2);
         for (int i = 0; i < 4; i++)
-            total[i] += b[k + i / 2] * __builtin_convertvector(part[i], doubles);
+            total[i] += b[k + i / 2] * DOUBLES_OF(part[i]);
     }
     if (k < s->rank) {
         memcpy(part, a + k * PANEL, sizeof part / 2);
         for (int i = 0; i < 2; i++)
-            total[i] += b[k] * __builtin_convertvector(part[i], doubles);
+            total[i] += b[k] * DOUBLES_OF(part[i]);
     }
     for (int h = 0; h < 2; h++) {
-        doubles sum = __builtin_convertvector(weights[h], doubles) + (total[h] + total[h + 2]), error;
+        doubles sum = DOUBLES_OF(weights[h]) + (total[h] + total[h + 2]), error;
         error = (doubles)((longs)sum & 0x7FFFFFFFFFFFFFFF) * unit + least;
-        error += __builtin_convertvector(norm[h], doubles) * reach;
+        error += DOUBLES_OF(norm[h]) * reach;
         low = NAME(rounded)(kind, sum - error), high[h] = NAME(rounded)(kind, sum + error);
         unsure[h] = (low ^ high[h]) | __builtin_convertvector((longs) ~(error < LARGE), few_words); /* not a number, too */
     }
@@ -123,7 +123,7 @@ TARGET static __attribute__((noinline)) words NAME(again)(struct sums *s, enum k
     result = (sure & doubt) | (result & ~doubt);
     memcpy(&bits, unsure, sizeof bits);
     memcpy(&short_bits, old, sizeof short_bits);
-    bits |= (words)((__builtin_convertvector(short_bits, words) & SPECIAL(kind)) == SPECIAL(kind));
+    bits |= (words)((WORDS_OF(short_bits) & SPECIAL(kind)) == SPECIAL(kind));
     bits &= doubt;
     if (NAME(any)(bits)) {
         uint32_t values[LANES];
@@ -173,7 +173,7 @@ TARGET INLINE void NAME(tile)(struct sums *s, enum kind kind, int tall, int64_t 
                 floats norm, sum, twice;
                 memcpy(&short_bits, old + r * old_stride + 2 * (at + v * LANES), sizeof short_bits);
                 memcpy(&norm, norms + at + v * LANES, BYTES);
-                bits = __builtin_convertvector(short_bits, words);
+                bits = WORDS_OF(short_bits);
                 sum = NAME(widen)(kind, bits) + total[r][v];
                 /* the least term is for what underflows, and for the sign of 0 */
                 twice = norm * s->reach[row + r] + (floats)((words)sum & 0x7FFFFFFF) * 0x1.04p-23f;
@@ -191,7 +191,7 @@ TARGET INLINE void NAME(tile)(struct sums *s, enum kind kind, int tall, int64_t 
                                                    old + r * old_stride + 2 * (at + v * LANES), result[r][v], doubt[r][v]);
         for (int r = 0; r < tall; r++)
             for (int v = 0; v < 2; v++) {
-                halves short_bits = __builtin_convertvector(result[r][v], halves);
+                halves short_bits = HALVES_OF(result[r][v]);
                 memcpy(out + r * out_stride + 2 * (at + v * LANES), &short_bits, sizeof short_bits);
                 *largest = NAME(greater)(*largest, result[r][v] & 0x7FFF);
             }
@@ -208,6 +208,10 @@ TARGET INLINE void NAME(wide_tile)(struct sums *s, int tall, int64_t row, int64_
     few_words most = {0};
     for (int at = 0; at < PANEL; at += LANES) {
         doubles total[TALL][2];
+        few high[TALL][2];
+        few_words doubt[TALL][2], doubts = {0};
+        uint32_t pair[LANES];
+        words all_doubts;
         for (int r = 0; r < tall; r++)
             total[r][0] = total[r][1] = (doubles){0};
         for (int64_t k = 0; k < rank; k++) {
@@ -215,37 +219,42 @@ TARGET INLINE void NAME(wide_tile)(struct sums *s, int tall, int64_t row, int64_
             memcpy(&left, a + k * PANEL + at, sizeof left);
             memcpy(&right, a + k * PANEL + at + LANES / 2, sizeof right);
             for (int r = 0; r < tall; r++) {
-                total[r][0] += b[r * rank + k] * __builtin_convertvector(left, doubles);
-                total[r][1] += b[r * rank + k] * __builtin_convertvector(right, doubles);
+                total[r][0] += b[r * rank + k] * DOUBLES_OF(left);
+                total[r][1] += b[r * rank + k] * DOUBLES_OF(right);
             }
         }
         for (int r = 0; r < tall; r++)
             for (int v = 0; v < 2; v++) {
                 double reach = s->wide_reach[row + r], unit = reach > 0 ? 0x1.08p-52 : 0, least = reach > 0 ? 0x1p-1000 : 0;
-                few weights, norm, low, high;
+                few weights, norm, low;
                 doubles sum, error;
-                uint32_t values[LANES / 2], mask[LANES / 2], any = 0;
                 memcpy(&weights, old + r * old_stride + 4 * (at + v * LANES / 2), sizeof weights);
                 memcpy(&norm, norms + at + v * LANES / 2, sizeof norm);
-                sum = __builtin_convertvector(weights, doubles) + total[r][v];
+                sum = DOUBLES_OF(weights) + total[r][v];
                 error = (doubles)((longs)sum & 0x7FFFFFFFFFFFFFFF) * unit + least;
-                error += __builtin_convertvector(norm, doubles) * reach;
-                low = __builtin_convertvector(sum - error, few);
-                high = __builtin_convertvector(sum + error, few);
-                few_words differ = (few_words)low ^ (few_words)high;
-                differ |= (few_words)(((few_words)high & 0x7FFFFFFF) >= 0x7F800000);
-                memcpy(mask, &differ, sizeof mask);
-                for (int i = 0; i < LANES / 2; i++)
-                    any |= mask[i];
-                if (__builtin_expect(any != 0, 0)) {
-                    memcpy(values, &high, sizeof values);
-                    for (int i = 0; i < LANES / 2; i++)
-                        if (mask[i] && panel * PANEL + at + v * LANES / 2 + i < s->columns)
-                            values[i] = decide(s, F32, row + r, panel * PANEL + at + v * LANES / 2 + i);
-                    memcpy(&high, values, sizeof high);
-                }
-                memcpy(out + r * out_stride + 4 * (at + v * LANES / 2), &high, sizeof high);
-                few_words size = (few_words)high & 0x7FFFFFFF, less = (few_words)(most < size);
+                error += DOUBLES_OF(norm) * reach;
+                low = FLOATS_OF(sum - error), high[r][v] = FLOATS_OF(sum + error);
+                doubt[r][v] = (few_words)low ^ (few_words)high[r][v];
+                doubt[r][v] |= (few_words)(((few_words)high[r][v] & 0x7FFFFFFF) >= 0x7F800000);
+                doubts |= doubt[r][v];
+            }
+        memcpy(&pair[0], &doubts, sizeof doubts);
+        memcpy(&pair[LANES / 2], &doubts, sizeof doubts);
+        memcpy(&all_doubts, pair, sizeof pair);
+        if (__builtin_expect(NAME(any)(all_doubts), 0)) {
+            uint32_t values[TALL][LANES], mask[TALL][LANES];
+            memcpy(values, high, sizeof values);
+            memcpy(mask, doubt, sizeof mask);
+            for (int r = 0; r < tall; r++)
+                for (int i = 0; i < LANES && panel * PANEL + at + i < s->columns; i++)
+                    if (mask[r][i])
+                        values[r][i] = decide(s, F32, row + r, panel * PANEL + at + i);
+            memcpy(high, values, sizeof values);
+        }
+        for (int r = 0; r < tall; r++)
+            for (int v = 0; v < 2; v++) {
+                memcpy(out + r * out_stride + 4 * (at + v * LANES / 2), &high[r][v], sizeof high[r][v]);
+                few_words size = (few_words)high[r][v] & 0x7FFFFFFF, less = (few_words)(most < size);
                 most = (size & less) | (most & ~less);
             }
     }

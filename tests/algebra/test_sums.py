@@ -173,6 +173,25 @@ def test_a_sum_too_small_for_the_dtype_keeps_its_sign(way: str, dtype: Any) -> N
     assert [repr(x) for x in found[0].tolist()] == ["0.0", "-0.0", "0.0"]
 
 
+@pytest.mark.parametrize("dtype", [UINT16, FLOAT16, FLOAT32])
+@pytest.mark.parametrize("scale", [0.7, 2.0**-20, 2.0**130])
+def test_scaled_factors_beyond_the_range_of_float32(way: str, dtype: Any, scale: float) -> None:
+    a, b = numpy.array([[2.0**127, -(2.0**120)]], "f4"), numpy.array([[2.0**-149], [2.0**-2]], "f4")
+    weight = narrowed(numpy.array([[0.0, 2.0**-20], [1.0, -1.0]]), dtype)
+    found = rounding.widened(added(weight, a, b, scale)[1])
+    assert found.tolist() == truth(weight, a, b, scale)
+
+
+@pytest.mark.parametrize("dtype", [UINT16, FLOAT16])
+def test_factors_that_float32_would_round_far_off(way: str, dtype: Any) -> None:
+    """0.7 of the least number is the least one in float32: 256 terms add up to the other side of a tie."""
+    exponent = -14 if dtype == FLOAT16 else -30
+    half_a_unit = 2.0 ** (exponent - DIGITS[dtype][0])
+    a = numpy.full((256, 1), half_a_unit * 2.0**149 / (0.85 * 256), "f4")
+    weight = narrowed(numpy.array([[2.0**exponent]]), dtype)
+    assert (added(weight, a, numpy.full((1, 256), 2.0**-149, "f4"), 0.7)[1] == weight).all()
+
+
 def test_more_ties_than_the_library_hands_back(way: str) -> None:
     weight = numpy.full((70, 100), 0x3F80, "u2")  # 1
     ones = numpy.ones((70, 1), "f4")
