@@ -87,14 +87,13 @@ def evolve(
     """
     from portllm.checkpoint.changes import summary
     from portllm.cli.lineage import of_release
-    from portllm.lm import releases
     from portllm.verbs import evolve as verb
 
     section = apply(params.load(opts.params_file).evolve, flags, where="evolve")
     recipe = section.recipe(release)
     with stage("evolve", name=f"evolve {out.name}", section=section, opts=opts) as running:
         record = verb.run(
-            base=releases.find(base, _download(running)), corpus=corpus, source=recipe.source if recipe else None,
+            base=running.find(base), corpus=corpus, source=recipe.source if recipe else None,
             out=out, params=section, force=force, training=_training(running), download=_download(running),
         )  # fmt: skip
         if record.source is not None:

@@ -158,10 +158,19 @@ class Stage:
             told["metrics"] = {**(told.get("metrics") or {}), **self.figures}
         self.tracker.finish(**told)
 
+    def find(self, name: str) -> Path:
+        """The directory of a checkpoint or patch; what must be downloaded is said beforehand and shown as it comes."""
+        from portllm.lm.releases import Watch, find
+
+        found = find(name, Watch(on_note=self.note, on_bytes=self.bytes))
+        self.close()
+        return found
+
     def close(self) -> None:
         """Take the progress bar off the terminal."""
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
 
     def _advance(self, done: int, total: int, note: str, unit: str) -> None:
         if self._bar is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from portllm import params
+from portllm import params, processes
 from portllm.cli.launching import launchable
 from portllm.cli.options import COMMA_LIST, DIRECTORY, TRUST, apply, common, of_section
 from portllm.cli.running import Common, answer, stage
@@ -56,19 +56,19 @@ def evaluate(
       portllm evaluate new-base --launch configs/accelerate/gpus-ddp.yaml --tasks boolq --out scores.json
     """
     from portllm.cli.lineage import of_evaluation
-    from portllm.lm.hub import resolve
     from portllm.verbs import evaluate as verb
 
     whole = params.load(opts.params_file)
     section = apply(whole.evaluate, flags, where="evaluate")
     with stage("evaluate", name=f"evaluate {out.stem}", section=section, opts=opts) as running:
         result = verb.run(
-            model=resolve(model), tasks=tasks or whole.tasks, patches=patches, before=before, data=data, news=news,
+            model=running.find(model), tasks=tasks or whole.tasks, patches=patches, before=before, data=data, news=news,
             out=out, samples=samples, params=section, trust_remote_code=trust_remote_code, cache=cache,
             on_progress=lambda done, total, what: running.progress(done, total, what, unit="documents"),
         )  # fmt: skip
         running.cost.update(release=out.stem, known=result.known)
         if cache:
             running.part(result.known, len(result.cells), "from the cache")
-        running.finish(**of_evaluation(result, out))
+        if processes.is_main():  # the others may be here before OUT is
+            running.finish(**of_evaluation(result, out))
     answer(result.as_json(), as_json=opts.as_json, line="\n".join(result.lines()))

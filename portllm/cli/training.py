@@ -43,14 +43,13 @@ def train(
       portllm train --launch configs/accelerate/gpus-ddp.yaml --base models/releases/v0 --task sst2 --out my-patch
     """
     from portllm.cli.lineage import of_patch
-    from portllm.lm.hub import resolve
     from portllm.verbs import train as verb
 
     section = apply(params.load(opts.params_file).train.for_task(task), flags, where="train")
     name = f"train {place(out)}"
     with stage("train", name=name, section=section, opts=opts) as running:
         record = verb.run(
-            base=resolve(base), task=task, data=data, out=out, params=section, force=force,
+            base=running.find(base), task=task, data=data, out=out, params=section, force=force,
             on_metrics=running.metrics, on_progress=running.progress, on_cost=running.took, on_note=running.note,
         )  # fmt: skip
         running.cost.update(release=out.parent.name, task=task)
