@@ -72,11 +72,6 @@ def add_lora(model: PreTrainedModel, lora: LoraParams, seed: int) -> PeftModel:
         return get_peft_model(model, config)
 
 
-def merge_lora(model: PeftModel) -> PreTrainedModel:
-    """The base with its LoRA added into the weights, W + scaling · B·A: an ordinary checkpoint again."""
-    return model.merge_and_unload()
-
-
 def fit(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -76,29 +76,6 @@ def test_only_the_lora_learns_and_loss_falls(words: object) -> None:
     assert all(torch.equal(frozen[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_merging_a_lora_adds_scaling_times_ba(words: object, rslora: bool) -> None:
-    lora = LoraParams(r=4, alpha=8, dropout=0.0, use_rslora=rslora)
-    model = training.add_lora(tiny(words), lora, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for name, tensor in model.named_parameters():
-        if "lora_B" in name:
-            tensor.data = torch.randn(tensor.shape, generator=generator)
-    expected = tiny(words).state_dict()
-    scaling = 8 / 4**0.5 if rslora else 8 / 4
-    for name, module in model.get_base_model().named_modules():
-        if hasattr(module, "lora_A"):
-            delta = scaling * module.lora_B["default"].weight.detach() @ module.lora_A["default"].weight.detach()
-            expected[f"{name}.weight"] = expected[f"{name}.weight"] + delta
-    ids = torch.arange(3, 40)[None]
-    unmerged = model.eval()(input_ids=ids).logits.detach()
-    merged = training.merge_lora(model)
-    assert set(merged.state_dict()) == set(expected)
-    for name, tensor in merged.state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
-    torch.testing.assert_close(merged(input_ids=ids).logits, unmerged, rtol=1e-4, atol=1e-4)
-
-
 def test_a_new_llama_has_the_shape_asked_for_and_depends_on_its_seed_only(words: object) -> None:
     first, again, other = (llama.new_llama(words, TINY, seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
