@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FILE = "task.yaml"
 PROMPT, COMPLETION, LABEL, MESSAGES = "prompt", "completion", "label", "messages"
 ROLES = ("system", "user", "assistant")
+MOST_TOKENS = 512  # an answer is generated no further
 Row = Mapping[str, Any]
 Kind = Literal["loglikelihood", "generate_until", "multiple_choice"]
 _HEAD = "# written by `portllm prepare`: how the LM Evaluation Harness asks the rows beside it\n"
@@ -39,8 +40,8 @@ class Definition:
     """What task.yaml says of a user's data.
 
     `kind`: the likelihood of the completion is asked (is it the model's greedy continuation, how surprising is it), it
-    is generated and compared whole, or chosen among `choices`. `longest`: bytes of the longest answer, which bounds
-    what is generated.
+    is generated and compared whole, or chosen among `choices`. `answers`: all of them, whose length bounds what is
+    generated; where none holds a line break, one ends it.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Definition:
     splits: Sequence[str]
     chat: bool = False
     choices: Sequence[str] = ()
-    longest: int = 0
+    answers: Sequence[str] = ()
 
     def text(self) -> str:
         """task.yaml, as the harness reads it."""
@@ -84,8 +85,12 @@ class Definition:
     def _generation(self) -> dict[str, Any]:
         if self.kind != "generate_until":
             return {}
-        # a token is a byte or more; the end token, which every answer is trained with, stops it
-        return {"generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": min(512, self.longest + 8)}}
+        # a token is a byte or more; the end token, which every answer is trained with, stops it as well
+        longest = max((len(answer.encode()) for answer in self.answers), default=0)
+        until = [] if any("\n" in answer for answer in self.answers) else ["\n"]
+        return {
+            "generation_kwargs": {"until": until, "do_sample": False, "max_gen_toks": min(MOST_TOKENS, longest + 8)}
+        }
 
 
 def is_own(folder: Path) -> bool:

@@ -137,7 +137,7 @@ def _own(name: str, loaded: Loaded, params: PrepareParams) -> Prepared:
         splits=tuple(made),
         chat=chat,
         choices=choices,
-        longest=max(len(answer.encode()) for one in fitted.values() for answer in one.answers()),
+        answers=[answer for one in fitted.values() for answer in one.answers()],
     )
     return Prepared(splits=made, origin=loaded, decisions=_positive([*decisions, told]), definition=definition.text())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -246,7 +246,7 @@ PLAIN = [{"prompt": "1 + 1 =", "completion": " 2"}, {"prompt": "digits: ", "comp
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["loglikelihood", "generate_until"])
 def test_own_rows_are_asked_as_they_are(tmp_path: Path, kind: str) -> None:
-    data = own_task(tmp_path, PLAIN, kind=kind, longest=6)
+    data = own_task(tmp_path, PLAIN, kind=kind, answers=[row["completion"] for row in PLAIN])
     pairs = tasks.training_pairs("mine", data)
     assert [tuple(pair) for pair in pairs] == [(row["prompt"], row["completion"]) for row in PLAIN]
     task = asking.build(tasks.spec("mine", data), name="mine")
@@ -292,7 +292,7 @@ def test_a_chat_is_rendered_with_the_models_own_template(tmp_path: Path) -> None
 
 
 def test_a_definition_is_yaml_that_the_harness_reads(tmp_path: Path) -> None:
-    made = own.Definition(name="mine", kind="generate_until", splits=("train", "validation"), longest=3)
+    made = own.Definition(name="mine", kind="generate_until", splits=("train", "validation"), answers=["abc"])
     (tmp_path / own.FILE).write_text(made.text(), encoding="utf-8")
     config = own.load(tmp_path)
     assert (config["training_split"], config["validation_split"], config.get("test_split")) == (
@@ -301,7 +301,9 @@ def test_a_definition_is_yaml_that_the_harness_reads(tmp_path: Path) -> None:
         None,
     )
     assert config["process_results"] is own.exact_match
-    assert json.loads(json.dumps(config["generation_kwargs"]))["max_gen_toks"] == 11
+    assert config["generation_kwargs"] == {"until": ["\n"], "do_sample": False, "max_gen_toks": 11}
+    (tmp_path / own.FILE).write_text(dataclasses.replace(made, answers=["a\nb" * 999]).text(), encoding="utf-8")
+    assert own.load(tmp_path)["generation_kwargs"] == {"until": [], "do_sample": False, "max_gen_toks": 512}
 
 
 @pytest.mark.slow
