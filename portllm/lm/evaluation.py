@@ -8,6 +8,7 @@ results to loading each on its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -132,6 +133,10 @@ def load_model(path: Path, *, trust_remote_code: bool = False) -> tuple[PreTrain
 
 def _build_once(task: Any, seed: int) -> None:
     """Have a task make its requests once and give them out anew each time: the same ones, with the same examples."""
+    from lm_eval.api import task as its_module
+    from tqdm import tqdm
+
+    its_module.tqdm = functools.partial(tqdm, disable=True)  # no bar beside ours
     build = task.build_all_requests
     made: list[Any] = []
 
