@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from portllm.algebra.rounding import UNIT, Factors, rounded
+from portllm.algebra.rounding import Factors, rounded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +32,7 @@ def add(old: Array, out: Array, factors: Factors) -> None:
         part = Factors(factors.b[rows], factors.a, factors.reach[rows], factors.norms)
         space = _space(old[rows].shape)
         space.add(old[rows], part)
-        found = space.narrow(out[rows], part)
+        found = space.narrow(old[rows], out[rows], part)
         if len(found):
             unsettled.append(found + first * old.shape[1])
     if unsettled:
@@ -50,7 +50,6 @@ class _Space:
         self._flat = memory["bits"][:count]
         self._bits = self._flat.reshape(shape)
         self._near = self._bits.view(numpy.float32)
-        self._size = memory["delta"].view(numpy.float32)[:count].reshape(shape)
         self._halves, self._mask = self._flat.view(numpy.int16), memory["mask"][: 2 * count]
         self._fours = self._mask[: 2 * (count // 4 * 4)].view(numpy.int64)
 
@@ -68,8 +67,8 @@ class _Space:
         if untouched.any():
             self.total[untouched] += 0.0  # a library's product may be -0, which would keep a weight's sign
 
-    def narrow(self, out: Array, factors: Factors) -> Array:
-        """Round `total` to the dtype of `out`, to the nearest; returns the flat indices still to be settled."""
+    def narrow(self, old: Array, out: Array, factors: Factors) -> Array:
+        """Round `total`, of weights `old`, to the nearest; returns the flat indices still to be settled."""
         import numpy
 
         if out.dtype == numpy.uint16:
@@ -78,13 +77,10 @@ class _Space:
             numpy.copyto(out, self.total, casting="same_kind")
             return numpy.empty(0, numpy.intp)
         # rounded from either end of where the exact sum can be: most often to the same
-        bound = factors.reach * factors.norms.max()
-        numpy.abs(self.total, out=self.delta)
-        self.delta *= numpy.where(bound > 0, 2.1 * UNIT, 2.0**-60)[:, None]  # the latter too little to change a sum
-        self.delta += (bound + (bound > 0) * 2.0**-1000)[:, None]
+        error = factors.row_errors(_sizes(old, self._flat))[:, None]
         low = self._flat.view(out.dtype)[: out.size].reshape(self.shape)
-        numpy.subtract(self.total, self.delta, out=low, casting="same_kind")
-        numpy.add(self.total, self.delta, out=out, casting="same_kind")
+        numpy.subtract(self.total, error, out=low, casting="same_kind")
+        numpy.add(self.total, error, out=out, casting="same_kind")
         unsigned = f"u{out.itemsize}"
         return numpy.flatnonzero(low.view(unsigned) != out.view(unsigned))
 
@@ -94,31 +90,32 @@ class _Space:
         import numpy
 
         numpy.copyto(self._near, self.total, casting="same_kind")
-        found = numpy.union1d(self._ties(), self._small(factors))
-        unsettled = numpy.empty(0, numpy.intp)
-        if len(found):
-            i, j = numpy.divmod(found, self.shape[1])
-            sums = self.total[i, j]
-            error = factors.errors(i, j, sums)
-            low, high = rounded(sums - error, out.dtype), rounded(sums + error, out.dtype)
-            unsettled = found[low != high]
+        found = self._ties()
         # cannot overflow: the lower half of infinity and of a bfloat16's NaN is 0
         numpy.add(self._bits, numpy.uint32(0x8000), out=self._bits)
         numpy.right_shift(self._bits, 16, out=self._bits)
         numpy.copyto(out, self._bits, casting="same_kind")
-        if len(found):
-            out[i, j] = high
+        found = numpy.union1d(found, self._small(out, factors))
+        if not len(found):
+            return numpy.empty(0, numpy.intp)
+        i, j = numpy.divmod(found, self.shape[1])
+        sums = self.total[i, j]
+        error = factors.errors(i, j, sums)
+        low, high = rounded(sums - error, out.dtype), rounded(sums + error, out.dtype)
+        out[i, j] = high
+        unsettled: Array = found[low != high]
         return unsettled
 
-    def _small(self, factors: Factors) -> Array:
+    def _small(self, out: Array, factors: Factors) -> Array:
         """Flat indices of sums that are so small beside their terms that float32 may be more exact than they are."""
         import numpy
 
         bound = factors.reach * factors.norms.max()
-        limit = bound * 2.0**26 + (bound > 0) * 2.0**-120
-        numpy.abs(self._near, out=self._size)
-        mask = self._mask[: len(self._flat)]
-        numpy.less(self._size, limit.astype(numpy.float32)[:, None], out=mask.view(bool).reshape(self.shape))
+        limit = (bound * 2.0**26 + (bound > 0) * 2.0**-120).astype(numpy.float32).view(numpy.uint32)
+        size = self._halves[: out.size].view(numpy.uint16).reshape(self.shape)  # their bits are no longer needed
+        numpy.left_shift(out, 1, out=size)
+        mask = self._mask[: out.size].reshape(self.shape)
+        numpy.less(size, ((limit >> 16) * 2 + 2 * (limit > 0)).astype(numpy.uint16)[:, None], out=mask)
         return numpy.flatnonzero(mask)
 
     def _ties(self) -> Array:
@@ -132,6 +129,19 @@ class _Space:
             found = (4 * found[:, None] + numpy.arange(4)).ravel()
         count, whole = len(self._flat), 4 * len(self._fours)
         return numpy.append(found, numpy.arange(whole, count)) if whole < count else found
+
+
+def _sizes(old: Array, scratch: Array) -> Array:
+    """The largest finite absolute value of each row of float16 or float32, in float64."""
+    import numpy
+
+    size, special = (0x7FFF, 0x7C00) if old.itemsize == 2 else (0x7FFFFFFF, 0x7F800000)
+    bits = scratch.view(f"u{old.itemsize}")[: old.size].reshape(old.shape)
+    numpy.bitwise_and(old.view(bits.dtype), size, out=bits)
+    if bits.max() >= special:
+        bits[bits >= special] = 0
+    sizes: Array = bits.max(axis=1).view(old.dtype).astype(numpy.float64)
+    return sizes
 
 
 def _space(shape: tuple[int, int]) -> _Space:

@@ -42,6 +42,13 @@ class Factors:
         reach = self.reach[i]
         return numpy.where(reach > 0, reach * self.norms[j] + abs(sums) * (2.1 * UNIT) + 2.0**-1000, 0)
 
+    def row_errors(self, sizes: Array) -> Array:
+        """Bounds (rows,) of the error of any sum of a row whose weights are of at most `sizes` (rows,)."""
+        reach = self.reach * self.norms.max()
+        sizes = sizes + reach / (max(1, len(self.a)) * UNIT)  # of the sums: reach is that many roundings and some
+        bound: Array = reach + (reach > 0) * (sizes * (2.1 * UNIT) + 2.0**-1000)
+        return bound
+
     def settle(self, old: Array, out: Array, flat: Array) -> None:
         """Write the exact sums at the flat indices `flat`, rounded once, from the weights `old` to `out`."""
         import numpy
