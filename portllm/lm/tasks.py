@@ -71,12 +71,17 @@ def training_pairs(name: str, data: Path, tokenizer: PreTrainedTokenizerBase | N
 
 
 def digests(name: str, data: Path, part: Literal["all", "training", "evaluation"] = "all") -> dict[str, str]:
-    """sha256 of the files a task reads, by their names under DATA: all, what is trained on, or what is asked."""
+    """sha256 of the files a task reads, by their names under DATA: all, what is trained on, or what is asked.
+
+    A user's own definition is among them, the harness's is not.
+    """
     config = _world(name) if name in datasets.TASKS else definition(name, data)
     trained = [] if part == "evaluation" else [config.get("training_split")]
     asked = [] if part == "training" else [stock.asked_split(config)]
     wanted = [*trained, *asked, *(stock.splits(config).values() if part == "all" else ())]
     found = [split_file(data / name, str(split)) for split in dict.fromkeys(wanted) if split]
+    if own.is_own(data / name):
+        found.append(data / name / own.FILE)  # the user's to edit
     return provenance.digests(path for path in found if path is not None)
 
 

@@ -97,7 +97,7 @@ def test_what_is_prepared_is_known_by_name(tmp_path: Path) -> None:
     assert isinstance(spec, dict)
     assert spec["output_type"] == "loglikelihood"
     assert set(spec["dataset_kwargs"]["data_files"]) == {"train", "validation", "test"}
-    assert list(tasks.digests("mine", data, "evaluation")) == ["mine/test.parquet"]
+    assert list(tasks.digests("mine", data, "evaluation")) == ["mine/test.parquet", "mine/task.yaml"]
 
 
 def test_completions_may_be_choices(tmp_path: Path) -> None:
