@@ -98,17 +98,19 @@ def imagined(gpu: str) -> Gpu:
 
 
 def cpu_flops_per_second(seconds: float = 0.06) -> float:
-    """float32 FLOP/s of this process's matrix products, measured for so long."""
+    """float32 FLOP/s of all cores: one's, by the quickest matrix product of those that fit into so much time."""
     import numpy as np
+    from threadpoolctl import threadpool_limits
 
     size = 512
     square = np.ones((size, size), dtype=np.float32)
-    square @ square  # threads and buffers are made
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        square @ square
-        count += 1
-    return 2.0 * size**3 * count / (time.perf_counter() - start)
+    quickest, start = float("inf"), time.perf_counter()
+    with threadpool_limits(1):  # threads of a busy machine wait for one another
+        while time.perf_counter() - start < seconds:
+            before = time.perf_counter()
+            square @ square
+            quickest = min(quickest, time.perf_counter() - before)
+    return len(os.sched_getaffinity(0)) * 2.0 * size**3 / quickest
 
 
 def shares_blocks(folder: Path) -> bool:

@@ -155,10 +155,8 @@ def _data(params: Params, folder: Path) -> Iterator[Check]:
     from huggingface_hub import constants, get_token
 
     here = folder / params.prepare.data
-    names = [
-        *(t for t in params.tasks if not t.startswith("world_")),
-        *(c.source for c in params.prepare.corpora.values()),
-    ]
+    corpora = (part for c in params.prepare.corpora.values() for part in c.source.split("+"))
+    names = dict.fromkeys([*(t for t in params.tasks if not t.startswith("world_")), *corpora])
     asked = [name for name in names if not (here / name).is_dir()]
     hub = [m for m in (params.fetch.source,) if "/" in m and not Path(m).is_dir()]
     if not asked and not hub:
