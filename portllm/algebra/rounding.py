@@ -102,12 +102,41 @@ def exactly(weights: Array, b: Array, a: Array) -> Array:
     import numpy
 
     old = widened(weights)
-    result = rounded(old + numpy.einsum("nk,nk->n", b, a) + 0.0, weights.dtype)
-    for n in numpy.flatnonzero(numpy.isfinite(old) & ~_exact_already(old, b, a)):
-        terms = (Fraction(x) * Fraction(y) for x, y in zip(b[n].tolist(), a[n].tolist(), strict=True))
-        value = nearest(sum(terms, Fraction(float(old[n]))), weights.dtype.name)
-        result[n] = rounded(numpy.array([value]), weights.dtype)[0]
-    return result
+    sums = old + numpy.einsum("nk,nk->n", b, a) + 0.0
+    unsure = numpy.flatnonzero(numpy.isfinite(old) & ~_exact_already(old, b, a))
+    high, low, whole = _products(b[unsure], a[unsure])
+    for n, terms, exact in zip(unsure, numpy.concatenate([high, low], axis=1).tolist(), whole, strict=True):
+        if exact:
+            sums[n] = _odd_sum([float(old[n]), *terms])
+        else:
+            products = (Fraction(x) * Fraction(y) for x, y in zip(b[n].tolist(), a[n].tolist(), strict=True))
+            sums[n] = nearest(sum(products, Fraction(float(old[n]))), weights.dtype.name)
+    return rounded(sums, weights.dtype)
+
+
+def _products(b: Array, a: Array) -> tuple[Array, Array, Array]:
+    """(high, low, whole) of b (n, r) * a: two float64 each that add up to it, and where (n,) none of them is too small.
+
+    Dekker, A floating-point technique for extending the available precision, 1971.
+    """
+    import numpy
+
+    (b, b_exponent), (a, a_exponent) = numpy.frexp(b), numpy.frexp(a)
+    exponent = b_exponent + a_exponent
+    tops = [x * (2.0**27 + 1) - (x * (2.0**27 + 1) - x) for x in (b, a)]
+    high = b * a
+    low = tops[0] * tops[1] - high + tops[0] * (a - tops[1]) + (b - tops[0]) * tops[1]
+    low += (b - tops[0]) * (a - tops[1])
+    return numpy.ldexp(high, exponent), numpy.ldexp(low, exponent), ((exponent > -900) | (high == 0)).all(axis=1)
+
+
+def _odd_sum(terms: list[float]) -> float:
+    """The exact sum, rounded to float64 so that the last bit is set when anything was lost; see `rounded`."""
+    near = math.fsum(terms)  # the nearest
+    rest = math.fsum([*terms, -near])
+    if rest and int(math.ldexp(math.frexp(near)[0], 53)) % 2 == 0:
+        return math.nextafter(near, math.copysign(math.inf, rest))
+    return near + 0.0
 
 
 def nearest(exact: Fraction, dtype: str) -> float:
