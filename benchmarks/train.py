@@ -234,8 +234,8 @@ def table(label: str, runs: dict[str, list[dict[str, Any]]], options: argparse.N
     lines += [
         "",
         f"{options.steps} steps of {BATCH} rows, {options.precision}, {options.threads} threads, median of "
-        f"{options.runs}. The loss of seed recipe and portllm differs by {apart:.1e} at most over the steps (from batch "
-        f"to batch it varies by {spread:.2f}).",
+        f"{options.runs}. The losses of seed recipe and portllm differ by {apart:.1e} at most over the steps (from one "
+        f"batch to the next they vary by {spread:.2f}).",
     ]
     return "\n".join(lines)
 
