@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from portllm.errors import DataError
 from portllm.lm import refusals, tables
+from portllm.lm.quiet import quieten
 
 if TYPE_CHECKING:
     from pyarrow import Table
@@ -77,6 +78,7 @@ def hub(
     """
     import datasets
 
+    quieten()
     commit = resolve(repo, revision)
     found = {}
     for split in splits:

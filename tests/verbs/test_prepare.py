@@ -185,13 +185,13 @@ configs:
 SUMS = [{"question": f"{n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(9)]
 
 
-def on_the_hub(hub: standin.Hub, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def on_the_hub(hub: standin.Hub, home: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
     """portllm in a process of its own, whose hub is the stand-in."""
     own_keys = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_TOKEN")
     kept = {key: value for key, value in os.environ.items() if key not in own_keys}
     place = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost"}
     command = [sys.executable, "-m", "portllm", "--no-track", "prepare", *words, "--data", str(home)]
-    return subprocess.run(command, env={**kept, **place}, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env={**kept, **place, **more}, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
@@ -220,6 +220,22 @@ def test_the_hubs_data_come_at_one_commit(tmp_path: Path) -> None:
         assert record.decisions == {"overlap": 1}
         assert rows(tmp_path / "then" / "train.parquet") == SUMS[:5]
         assert not any("main/train" in path and new not in path and old not in path for _, path in hub.asked)
+
+        # the library's cache now has `old` last, and would give it for any other commit when the hub fails
+        hub.failures = {"/api/datasets/": (503, "busy"), "/datasets/": (503, "busy")}
+        other = tmp_path / "other.yaml"
+        other.write_text(f"prepare: {{revisions: {{gsm8k: {'d' * 40}}}}}\n", encoding="utf-8")
+        done = on_the_hub(
+            hub, tmp_path / "home", "gsm8k", "--out", str(tmp_path / "no"), "--params", str(other), HF_HUB_OFFLINE="1"
+        )
+        assert done.returncode == 1
+        assert f"did not give commit {'d' * 12}, and the latest copy on this machine is of {old[:12]}" in done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        words = ("gsm8k", "--out", str(tmp_path / "again"), "--params", str(tmp_path / "pinned.yaml"))
+        done = on_the_hub(hub, tmp_path / "home", *words, HF_HUB_OFFLINE="1")
+        assert done.returncode == 0, done.stderr
+        assert DatasetRecord.read(tmp_path / "again") == DatasetRecord.read(tmp_path / "then")
+        hub.failures = {}
 
         hub.repos["datasets/openai/gsm8k"]["gated"] = True
         done = on_the_hub(hub, tmp_path / "other", "gsm8k", "--out", str(tmp_path / "no"))
