@@ -31,18 +31,44 @@ def launchable(command: Command) -> Command:
 
     @functools.wraps(command)
     def launched(*, launch: Path | None, **rest: Any) -> Any:
-        if launch is None or LAUNCHED in os.environ:
+        count = 1 if launch is None or LAUNCHED in os.environ else _processes(launch)
+        if launch is None or count == 1:
             return command(**rest)
-        return click.get_current_context().exit(_launch(launch, sys.argv[1:]))
+        return click.get_current_context().exit(_launch(launch, count, sys.argv[1:]))
 
     text = f"Run as the processes this accelerate configuration describes (configs/accelerate) [env: {ENVIRONMENT}]."
     return cast(Command, click.option("--launch", type=DIRECTORY, envvar=ENVIRONMENT, help=text)(launched))
 
 
-def _launch(config: Path, words: list[str]) -> int:
+def _processes(config: Path) -> int:
+    """How many processes to start, over all machines: at most as many as there are GPUs. Raises MachineError."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load(config.read_text(encoding="utf-8"))
+        wanted, machines, on_cpu = int(tree["num_processes"]), int(tree["num_machines"]), bool(tree["use_cpu"])
+    except OSError as error:
+        raise MachineError(
+            f"{config}: expected an accelerate configuration, found {error.strerror}; see configs/accelerate"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise MachineError(
+            f"{config}: expected an accelerate configuration with num_processes, num_machines and use_cpu, found "
+            f"another file ({' '.join(str(error).split())[:200]}); see configs/accelerate"
+        ) from error
+    if on_cpu:
+        return wanted
+    import torch
+
+    if not (gpus := torch.cuda.device_count()):
+        raise MachineError(
+            f"{config}: needs GPUs, and this machine has none that torch sees; try configs/accelerate/cpu-2"
+        )
+    return wanted if machines > 1 else min(wanted, gpus)
+
+
+def _launch(config: Path, count: int, words: list[str]) -> int:
     """Exit code of `accelerate launch … portllm WORDS`. Raises MachineError."""
-    if not config.is_file():
-        raise MachineError(f"{config}: expected an accelerate configuration, found no file; see configs/accelerate")
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -50,8 +76,9 @@ def _launch(config: Path, words: list[str]) -> int:
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ[LAUNCHED] = "1"
     follow_parent()
+    call = ["--config_file", str(config), "--num_processes", str(count), "-m", "portllm", *words]
     try:
-        launch_command(launch_command_parser().parse_args(["--config_file", str(config), "-m", "portllm", *words]))
+        launch_command(launch_command_parser().parse_args(call))
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         return STOPPED if all(code == STOPPED for code in codes) else 1

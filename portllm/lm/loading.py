@@ -103,7 +103,7 @@ def _in_four_bits(kind: Any) -> dict[str, Any]:
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MachineError(
-            "train.quantization: 4bit needs the package bitsandbytes; install the extra portllm[4bit], or use none"
+            "train.quantization: 4bit needs the package bitsandbytes; install the extra portllm[gpu], or use none"
         )
     from transformers import BitsAndBytesConfig
 

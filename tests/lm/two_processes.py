@@ -74,13 +74,20 @@ def shard_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(PartialState, "_prepare_backend", as_on_gpus)
     patch.setattr(PartialState, "set_device", lambda self: setattr(self, "device", torch.device("cpu")))
-    # what `accelerate launch` makes of configs/accelerate/gpus-fsdp.yaml
-    for name, value in {
-        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_OFFLOAD_PARAMS": "false",
-    }.items():  # fmt: skip
-        patch.setenv(name, value)
+    for name, value in as_launched("gpus-fsdp").items():
+        if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP")):
+            patch.setenv(name, value)
+
+
+def as_launched(config: str) -> dict[str, str]:
+    """The environment `accelerate launch` gives its processes for one of the configurations that ship."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    file = Path(__file__).parents[2] / "configs" / "accelerate" / f"{config}.yaml"
+    words = launch_command_parser().parse_args(["--config_file", str(file), "-m", "portllm", "train"])
+    arguments, _, _ = _validate_launch_command(words)
+    return dict(prepare_multi_gpu_env(arguments))
 
 
 def main() -> None:
