@@ -192,6 +192,28 @@ def test_factors_that_float32_would_round_far_off(way: str, dtype: Any) -> None:
     assert (added(weight, a, numpy.full((1, 256), 2.0**-149, "f4"), 0.7)[1] == weight).all()
 
 
+def test_a_product_in_two_parts_is_whole() -> None:
+    rng = random(5)
+    b, a = (rng.standard_normal((50, 3)) * 2.0 ** rng.integers(-400, 400, (50, 3)) for _ in range(2))
+    high, low, whole = rounding._products(b, a)
+    assert whole.all()
+    for n, k in numpy.ndindex(b.shape):
+        assert Fraction(high[n, k]) + Fraction(low[n, k]) == Fraction(b[n, k]) * Fraction(a[n, k])
+
+
+@pytest.mark.parametrize("dtype", [UINT16, FLOAT16, FLOAT32])
+def test_the_nearest_by_fractions(dtype: Any) -> None:
+    digits, low, high = DIGITS[dtype]
+    unit, hair = Fraction(2) ** (1 - digits), Fraction(2) ** -2000
+    for exact, expected in ((1 + unit / 2, 1), (1 + unit / 2 + hair, 1 + unit), (1 + unit * 3 / 2, 1 + 2 * unit)):
+        assert rounding.nearest(exact, dtype.name) == expected
+        assert rounding.nearest(-exact, dtype.name) == -expected
+    assert repr(rounding.nearest(-hair, dtype.name)) == "-0.0"
+    least = Fraction(2) ** (low - digits + 1)
+    assert rounding.nearest(least * 3 / 2, dtype.name) == 2 * least
+    assert rounding.nearest(Fraction(2) ** 5000, dtype.name) > 2.0**high
+
+
 def test_more_ties_than_the_library_hands_back(way: str) -> None:
     weight = numpy.full((70, 100), 0x3F80, "u2")  # 1
     ones = numpy.ones((70, 1), "f4")
