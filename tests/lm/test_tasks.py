@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -196,6 +197,21 @@ def test_with_no_training_rows_the_harness_asks_without_examples_and_refuses_to_
     (data / "cola" / "validation.parquet").unlink()
     with pytest.raises(DataError, match=r"has no validation\.parquet"):
         tasks.spec("cola", data)
+
+
+@pytest.mark.slow
+def test_lines_of_json_serve_as_well_as_parquet(tmp_path: Path) -> None:
+    data, rows = lay(tmp_path / "a", "qnli", HARNESS["qnli"]), tmp_path / "b" / "qnli"
+    rows.mkdir(parents=True)
+    for split in ("train", "validation"):
+        (rows / f"{split}.jsonl").write_text(json.dumps(HARNESS["qnli"][0]) + "\n", encoding="utf-8")
+    assert tasks.training_pairs("qnli", tmp_path / "b") == tasks.training_pairs("qnli", data)
+    both = [asked(asking.build(tasks.spec("qnli", one), name="qnli"))[0] for one in (data, tmp_path / "b")]
+    assert [request.args for request in both[0]] == [request.args for request in both[1]]
+    (rows / "train.jsonl").rename(rows / "validation.parquet")
+    (rows / "train.jsonl").write_text("{}\n", encoding="utf-8")
+    with pytest.raises(DataError, match="of several kinds"):
+        tasks.spec("qnli", tmp_path / "b")
 
 
 @pytest.mark.slow
