@@ -38,7 +38,7 @@ def fetch(
     \b
     Examples:
       portllm fetch mistralai/Mistral-7B-v0.1 --out models/releases/v0
-      portllm fetch mistralai/Mistral-7B-v0.1@27d67f1b5f57dc0953326b2601d68371d40ea8da --out models/releases/v0
+      portllm fetch mistralai/Mistral-7B-v0.1@main --out models/releases/v0
       portllm fetch world --corpus data/corpora/v0 --out models/releases/v0
       portllm fetch scratch --corpus data/corpora/v0 --out my-v0 --vocab-size 4096 --max-steps 2000
     """
