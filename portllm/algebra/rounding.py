@@ -150,7 +150,7 @@ def nearest(exact: Fraction, dtype: str) -> float:
     exponent -= size < Fraction(2) ** exponent
     unit = max(exponent - digits + 1, least)
     value = math.inf if exponent > 128 else math.ldexp(round(size / Fraction(2) ** unit), unit)  # halves to even
-    return math.copysign(value, exact)
+    return value if exact > 0 else -value
 
 
 def _exact_already(old: Array, b: Array, a: Array) -> Array:
