@@ -240,8 +240,8 @@ def _write_cost(path: Path, cost: Mapping[str, Any]) -> None:
 
 
 def follow_parent() -> None:
-    """End this process when the DVC that started it is gone, so that a killed pipeline leaves no stage running."""
-    if DVC_ROOT not in os.environ:
+    """End this process when the DVC or launcher that started it is gone: a killed pipeline leaves no stage running."""
+    if DVC_ROOT not in os.environ and processes.count() == 1:
         return
     import psutil
 

@@ -65,11 +65,11 @@ class Meter:
             "tokens_per_second": sum(row[0] for row in every) / seconds,
             "useful_tokens_per_second": sum(row[1] for row in every) / seconds,
             "cpu_utilisation": sum(row[3] for row in every) / len(every),
-            "train_peak_rss_bytes": max(row[5] for row in every),
-            "processes": float(len(every)),
+            "train_peak_rss_bytes": int(max(row[5] for row in every)),
+            "processes": len(every),
         }
         if cuda:
-            figures["peak_cuda_bytes"] = max(row[6] for row in every)
+            figures["peak_cuda_bytes"] = int(max(row[6] for row in every))
         if gpus := [row[4] for row in every if row[4] >= 0]:
             figures["gpu_utilisation"] = sum(gpus) / len(gpus)
         return figures
