@@ -12,6 +12,7 @@ import fcntl
 import glob
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ AT_ONCE = 4
 LARGEST_BYTES = 50_000_000_000  # what the hub gives by plain HTTP; its library has another way for larger files
 MARGIN_BYTES = 64 << 20
 WEIGHTS = ".safetensors"
+SHA256 = re.compile("[0-9a-f]{64}")
 PART = ".portllm.incomplete"
 
 Progress = Callable[[int, int], None]
@@ -204,7 +206,8 @@ def _alone(blob: Path) -> Iterator[BinaryIO | None]:
 
 
 def _is_large(file: Wanted) -> bool:
-    return file.sha256 is not None and file.nbytes <= LARGEST_BYTES
+    # what the server names becomes a file's name
+    return SHA256.fullmatch(file.sha256 or "") is not None and file.nbytes <= LARGEST_BYTES
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:

@@ -88,7 +88,8 @@ def test_the_command_says_what_comes_and_no_token(
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["source"]["revision"] == commit
     assert f"fetch: {REPO} at {commit[:12]}: 5 files, " in done.stderr
-    hub.add(REPO, contents(published), gated=True)
+    other = CliRunner().invoke(main, ["--no-track", "fingerprint", f"{REPO}@{commit}"])
+    assert fingerprint(published) in other.stdout
     hub.repos[REPO]["gated"] = True
     hub.add(REPO, {**contents(published), "config.json": b'{"new": 1}'})
     failed = CliRunner().invoke(main, [*words, "--force"])
