@@ -77,7 +77,7 @@ def test_another_seed_gives_another_patch(life: SimpleNamespace) -> None:
 
 def test_a_failed_training_leaves_nothing(life: SimpleNamespace) -> None:
     out = life.root / "failed" / "patch"
-    with pytest.raises(DataError, match="none of 40 rows fits"):
+    with pytest.raises(DataError, match="none of 40 rows has an answer that fits"):
         train.run(base=life.v0, task=TASK, data=life.data, out=out, params=dataclasses.replace(TRAIN, max_length=1))
     with pytest.raises(DataError, match=r"train\.parquet"):
         train.run(base=life.v0, task=TASK, data=life.root / "nowhere", out=out, params=TRAIN)
