@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from portllm.checkpoint import output
-from portllm.checkpoint.output import staged, staged_file
-from portllm.errors import OutputError
+from portllm.checkpoint.output import kept, staged, staged_file
+from portllm.errors import DataError, MachineError, OutputError
 
 
 def files(folder: Path) -> list[str]:
@@ -256,3 +256,46 @@ def test_what_a_kill_left_of_one_file_is_swept_up_a_day_later(tmp_path: Path) ->
     with staged_file(tmp_path / "f.json") as partial:
         partial.write_text("whole")
     assert files(tmp_path) == [young.name, other.name, "f.json"]
+
+
+def test_of_several_processes_the_main_one_alone_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with staged(tmp_path / "left over") as folder:  # a RANK that no launcher set means nothing
+        (folder / "file").write_text("1")
+    assert (tmp_path / "left over" / "file").is_file()
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    with staged(tmp_path / "out") as folder, staged_file(tmp_path / "file") as file:
+        (folder / "file").write_text("1")
+        file.write_text("1")
+    assert not folder.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["left over"]
+
+
+@pytest.mark.parametrize(("error", "stays"), [(KeyboardInterrupt, True), (MachineError, True), (DataError, False)])
+def test_what_is_kept_stays_where_the_next_run_can_go_on(
+    tmp_path: Path, error: type[BaseException], stays: bool
+) -> None:
+    out = tmp_path / "out"
+
+    def work(key: str | None, fail: type[BaseException] | None) -> list[str]:
+        with staged(out, key=key, force=True):
+            if key:
+                kept(out, key).mkdir(parents=True, exist_ok=True)
+            found = sorted(p.name for p in tmp_path.glob(".out.kept/*"))
+            if fail is not None:
+                raise fail("stopped")
+        return found
+
+    with pytest.raises(error):
+        work("one", error)
+    assert kept(out, "one").is_dir() == stays
+    with pytest.raises(KeyboardInterrupt):
+        work("two", KeyboardInterrupt)
+    assert not kept(out, "one").exists(), "other work is not kept"
+    assert work("two", None) == ["two"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(KeyboardInterrupt):
+        work("two", KeyboardInterrupt)
+    work(None, None)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
