@@ -43,6 +43,7 @@ class Cost:
     peak_cuda_bytes: float
     trainable_parameters: int
     useful_tokens_per_second: float
+    cpu_utilisation: float
 
 
 def main() -> None:
@@ -194,7 +195,8 @@ def table(folder: Path, options: argparse.Namespace, trained: Cost, step_seconds
         "| *the paper: GPU-hours* | *40.65* | *0.0083* |",
         "",
         f"Random weights in {size}, bf16 on disk; {options.steps - options.steps // 4} steps of {BATCH} rows took "
-        f"{step_seconds:.3f} s each ({trained.useful_tokens_per_second:,.0f} tokens/s without padding); the paper's "
+        f"{step_seconds:.3f} s each ({trained.useful_tokens_per_second:,.0f} tokens/s without padding, "
+        f"its threads {trained.cpu_utilisation:.0%} busy); the paper's "
         f"{EPOCHS} epochs over {ROWS:,} rows are {PAPER_STEPS:,} of them. The port took {ported.wall_seconds:.1f} s.",
     ]
     return "\n".join(lines)
