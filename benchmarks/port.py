@@ -6,7 +6,8 @@ Every figure is a whole process, imports included: median wall time over the run
 runs of the contestants alternate, so that a busy machine is unfair to none. The page cache is warm. `first` is a port
 of a base whose fingerprint is not in the cache yet; `again` is every later port onto it. A port is on the disk when it
 returns (fsync); `cp -r` is not, so the same with `sync` stands beside it. A bare `import torch` is measured, too: what
-PEFT cannot do without, and a port of plain LoRA does.
+PEFT cannot do without, and a port of plain LoRA does. PORTLLM_KERNEL=numpy measures what a machine without a C compiler
+gets.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from portllm.algebra import kernel
 
 HIDDEN, FEED_FORWARD, KEY_VALUE, VOCABULARY, RANK = 2048, 5632, 512, 32000, 8
 LINEARS = {
@@ -87,7 +90,7 @@ def main() -> None:
     """Make each checkpoint, run the contestants in turn, print a table of each size; then the files asked for."""
     options = _options()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
-    setting = f"{os.cpu_count()} CPUs, {versions}, bf16, rank {RANK}, median of {options.runs} runs"
+    setting = f"{os.cpu_count()} CPUs, {versions}, sums {kernel.name()}, bf16, rank {RANK}, median of {options.runs} runs"
     print(setting, flush=True)
     lines, results = [setting], []
     for gigabytes in options.gigabytes:
