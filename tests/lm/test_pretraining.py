@@ -27,6 +27,13 @@ SHAPE = ArchitectureParams(hidden_size=16, intermediate_size=24, layers=1, heads
 SCRATCH = FetchParams(source="scratch", vocab_size=270, block_length=16, architecture=SHAPE, optim=OPTIM)
 
 
+@pytest.fixture(autouse=True)
+def one_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody may commit between two runs that are compared."""
+    for verb in (evolve, fetch):
+        monkeypatch.setattr(verb, "git_commit", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
@@ -86,6 +93,37 @@ def test_every_weight_is_rounded_once(tmp_path: Path, corpus: Path, monkeypatch:
         kind = new.read(name).dtype
         # to fp32 first: it holds what a double does here but for ties, which these sums do not meet
         assert torch.equal(new.read(name), tensor.float().to(kind)), name
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_where_the_model_is_sharded_the_gathered_weights_are_saved(
+    tmp_path: Path, corpus: Path, mode: Any, tied: bool
+) -> None:
+    base = in_dtype(tmp_path / "base", torch.float32, tied=tied)
+    params = EvolveParams(mode=mode, block_length=16, optim=OPTIM, lora=LoraParams(r=2, alpha=4, dropout=0.0))
+    made = pretraining.continued(base, corpus, params)
+    weights = {name: p.detach().clone() for name, p in made.model.named_parameters() if p.requires_grad}
+    folders = [tmp_path / "whole", tmp_path / "gathered"]
+    for folder in folders:
+        folder.mkdir()
+    made.save(folders[0])
+    for parameter in made.model.parameters():
+        parameter.data.zero_()  # what is left here of a sharded model is no use
+    dataclasses.replace(made, weights=weights).save(folders[1])
+    whole, gathered = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in folders)
+    assert whole == gathered
+
+
+def test_the_other_processes_write_nothing(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = in_dtype(tmp_path / "base", torch.float32)
+    made = pretraining.continued(base, corpus, EvolveParams(block_length=16, optim=OPTIM))
+    monkeypatch.setattr("portllm.processes.is_main", lambda: False)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    made.save(folder)
+    assert list(folder.iterdir()) == []
+    assert made.fingerprint(folder) == ""
 
 
 def test_a_lora_on_a_tied_head_unties_it(tmp_path: Path, corpus: Path) -> None:
