@@ -20,7 +20,7 @@ GPU_UTILISATION, CPU_UTILISATION = 0.35, 0.4
 # past this a run is not worth starting without asking the user again
 PATIENCE_HOURS = 24 * 14
 ROOM_BYTES = 2**30  # for what no formula counts: results, logs, tracking
-# portllm's own processes; the rest of the machine's memory is for the model
+# the process without its model: libraries, CUDA's context
 OWN_BYTES = 2**30
 LARGE_PARAMETERS = 500_000_000
 
@@ -196,7 +196,7 @@ def _power(diagnosis: Diagnosis) -> Iterator[Check]:
     machine, wanted = diagnosis.machine, diagnosis.memory_bytes
     has = machine.gpus[0].memory_bytes if machine.gpus else machine.ram_bytes
     free = machine.gpus[0].free_bytes if machine.gpus else machine.ram_available_bytes
-    wanted += 0 if machine.gpus else OWN_BYTES
+    wanted += OWN_BYTES
     stage = max(diagnosis.stages, key=lambda s: s.memory_bytes).stage
     where = "GPU memory" if machine.gpus else "memory"
     said = f"{_gb(wanted)} of {where} wanted at most (by {stage}), {_gb(has)} there, {_gb(free)} free now"
