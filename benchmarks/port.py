@@ -90,7 +90,9 @@ def main() -> None:
     """Make each checkpoint, run the contestants in turn, print a table of each size; then the files asked for."""
     options = _options()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
-    setting = f"{os.cpu_count()} CPUs, {versions}, sums {kernel.name()}, bf16, rank {RANK}, median of {options.runs} runs"
+    setting = (
+        f"{os.cpu_count()} CPUs, {versions}, sums {kernel.name()}, bf16, rank {RANK}, median of {options.runs} runs"
+    )
     print(setting, flush=True)
     lines, results = [setting], []
     for gigabytes in options.gigabytes:
