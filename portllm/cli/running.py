@@ -108,6 +108,8 @@ class Stage:
         """Show `done` of `total`: a bar with rate and remaining time on a terminal, a line now and then otherwise."""
         if self._settings.quiet or total <= 0:
             return
+        if done == 0:  # what came before, such as loading, says nothing about the rate
+            self._started_at = time.monotonic()
         if sys.stderr.isatty():
             self._advance(done, total, note, unit)
         elif time.monotonic() - self._shown_at >= PLAIN_SECONDS:

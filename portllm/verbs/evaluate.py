@@ -204,6 +204,8 @@ class Scoring:
         tasks = self._questions.load(names, identity.of_words(checkpoint), harness.tokenizer, self._params)
         self._sizes |= {name: evaluation.documents(task, self._params) for name, task in tasks.items()}
         self._total = sum(self._sizes.get(row.task, 0) for row in self._rows.values())
+        if self._on_progress and not self._done:
+            self._on_progress(0, self._total, "")
         for candidate in dict.fromkeys(row.candidate for row in rows.values()):
             patched = harness.patched(candidate.path) if candidate and not candidate.merged else nullcontext()
             with patched:
