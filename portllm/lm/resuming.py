@@ -25,16 +25,17 @@ CPU, CUDA, LOSS = "random.cpu", "random.cuda", "loss"
 def capture(trainer: Any) -> Snapshot:
     """The state after the step just made: trained weights, optimizer, schedule, random generators, running loss.
 
-    Every process has to call it; what it returns is whole on each.
+    Every process has to call it; the main one's is whole, the others' are of no use.
     """
     import torch
 
     optimizer = _plain(trainer.optimizer)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in _trained(trainer.model):
-        tensors[MODEL + name] = whole(parameter)
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{OPTIMIZER}{key}.{name}"] = whole(value)
+        own = {MODEL + name: parameter}
+        own |= {f"{OPTIMIZER}{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+        gathered = {key: whole(value) for key, value in own.items()}
+        tensors.update(gathered if processes.is_main() else {})
     tensors[CPU] = _gathered(trainer, torch.get_rng_state())
     if torch.cuda.is_available():
         tensors[CUDA] = _gathered(trainer, torch.cuda.get_rng_state())
@@ -126,7 +127,8 @@ class Resumed:
 def whole(tensor: Tensor) -> Tensor:
     """`tensor` on the CPU, gathered from all processes where it is sharded over them."""
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().cpu().clone().contiguous()
+    copy: Tensor = full.detach().to("cpu", copy=True).contiguous()
+    return copy
 
 
 def _spread(value: Tensor | None, like: Any) -> Tensor:

@@ -6,6 +6,7 @@ bytes do not hash to its name (a damaged disk, a copy cut short) is passed over 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -37,26 +38,38 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Snapshots:
-    """The snapshots in a folder; `note` is told of those that are passed over."""
+    """The snapshots in a folder; `note` is told of those that are passed over, or could not be written."""
 
     folder: Path
     note: Callable[[str], object] = lambda _: None
 
     def write(self, snapshot: Snapshot) -> None:
-        """Keep `snapshot`, and of the earlier ones the last."""
+        """Keep `snapshot`, and of the earlier ones the last. A disk that refuses is told of; training need not end."""
+        from safetensors import SafetensorError
+
+        partial = self.folder / "partial"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write(snapshot, partial)
+            for path in self._files()[KEPT:]:
+                path.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            self.note(f"the checkpoint after step {snapshot.step} could not be written ({error}); training goes on")
+
+    def _write(self, snapshot: Snapshot, partial: Path) -> None:
         from safetensors.torch import save_file
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / "partial"
         save_file(dict(snapshot.tensors), partial, metadata={STATE: json.dumps(dict(snapshot.state))})
         digest = _digest(partial)
         handle = os.open(partial, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
         partial.rename(self.folder / f"{snapshot.step:09}-{digest}.safetensors")
         sync_directory(self.folder)
-        for path in self._files()[KEPT:]:
-            path.unlink(missing_ok=True)
 
     def newest(self) -> Snapshot | None:
         """The last snapshot that is whole; None where there is none."""

@@ -51,3 +51,19 @@ def test_what_a_kill_left_half_written_is_no_snapshot(tmp_path: Path) -> None:
     assert found.step == 1
     place.write(snapshot(2))
     assert not (tmp_path / "partial").exists()
+
+
+def test_a_disk_that_refuses_is_told_of_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    place = Snapshots(tmp_path, notes.append)
+    place.write(snapshot(1))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        place.write(snapshot(2))
+    assert [int(path.name[:9]) for path in tmp_path.iterdir()] == [1]
+    assert len(notes) == 1
+    assert "step 2 could not be written" in notes[0]
+    assert "No space left" in notes[0]
+    (tmp_path / "file").write_text("1")
+    Snapshots(tmp_path / "file", notes.append).write(snapshot(3))
+    assert "step 3 could not be written" in notes[1]
