@@ -17,7 +17,7 @@ from typing import Any
 from portllm.checkpoint.output import staged_file
 from portllm.lm.scored import Sample, Scored
 
-FORMAT = 1
+FORMAT = 2
 
 
 def find(key: Mapping[str, Any]) -> Scored | None:
@@ -52,6 +52,7 @@ def _read(tree: Mapping[str, Any]) -> Scored:
             metrics={_of(str, k): _of(float, v) for k, v in one["metrics"].items()},
             answers={_of(str, k): _of(str, v) for k, v in one["answers"].items()},
             loglikelihoods=tuple(_of(float, value) for value in one["loglikelihoods"]),
+            written=_of(str, one["written"]),
         )
         for one in tree["samples"]
     )

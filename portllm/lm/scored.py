@@ -20,7 +20,8 @@ COUNTED = ("f1", "mcc")
 class Sample:
     """One scored document: `score` is the task's main metric on it (1.0 right, 0.0 wrong).
 
-    `metrics` and `answers` hold every filter's; `loglikelihoods` (nats) one value per choice, none for written answers.
+    `metrics` and `answers` hold every filter's; `loglikelihoods` (nats) one value per choice, none for written answers;
+    `written` is the answer before any filter, where it was written.
     """
 
     doc_id: int
@@ -30,6 +31,7 @@ class Sample:
     metrics: Mapping[str, float] = field(default_factory=dict)
     answers: Mapping[str, str] = field(default_factory=dict)
     loglikelihoods: tuple[float, ...] = ()
+    written: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,7 @@ def _sample(number: int, told: Mapping[str, Mapping[str, Any]], label: str, stra
         metrics=metrics,
         answers={name: _answer(sample) for name, sample in told.items()},
         loglikelihoods=_loglikelihoods(main["resps"]),
+        written=_written(main["resps"]),
     )
 
 
@@ -94,6 +97,12 @@ def _loglikelihoods(answers: Sequence[Sequence[Any]]) -> tuple[float, ...]:
     """The log-likelihood in the first answer to each request."""
     values = [one[0][0] if isinstance(one[0], (list, tuple)) else one[0] for one in answers if one]
     return tuple(float(value) for value in values) if all(isinstance(v, float) for v in values) else ()
+
+
+def _written(answers: Sequence[Sequence[Any]]) -> str:
+    """The first answer to the first request, where it is text."""
+    first = answers[0][0] if answers and answers[0] else None
+    return first if isinstance(first, str) else ""
 
 
 def _is_metric(key: str, value: Any) -> bool:

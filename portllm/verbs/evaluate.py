@@ -309,7 +309,7 @@ def _write_samples(path: Path, cells: Sequence[Cell]) -> None:
     text, number = pa.string(), pa.float64()
     columns = {"task": text, "arm": text, "patch_task": text, "doc_id": pa.int64(), "correct": pa.bool_()}
     columns |= {"score": number, "answer": text, "target": text, "metrics": pa.map_(text, number)}
-    schema = pa.schema(columns | {"answers": pa.map_(text, text), "loglikelihoods": pa.list_(number)})
+    schema = pa.schema(columns | {"answers": pa.map_(text, text), "loglikelihoods": pa.list_(number), "written": text})
     rows = [{"task": c.task, "arm": c.arm, "patch_task": c.patch_task, **_sample(s)} for c in cells for s in c.samples]
     pq.write_table(pa.Table.from_pylist(rows, schema), path, compression="zstd")
 

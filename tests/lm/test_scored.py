@@ -31,7 +31,7 @@ def test_two_filters_make_one_row_a_document() -> None:
     assert (last.score, last.answer) == (0.0, "strict-match 1"), "the strict filter is the task's main one"
     assert last.metrics == {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 1.0}
     assert last.answers == {"strict-match": "strict-match 1", "flexible-extract": "flexible-extract 1"}
-    assert last.loglikelihoods == ()
+    assert (last.loglikelihoods, last.written) == ((), "72 eggs")
 
 
 def test_choices_keep_their_log_likelihoods_and_pairs_of_labels_count_as_right_or_wrong() -> None:
@@ -39,7 +39,7 @@ def test_choices_keep_their_log_likelihoods_and_pairs_of_labels_count_as_right_o
     row = sample(4, "none", answers=said, resps=[[one] for one in said], acc=1.0, f1=(0, 1))
     results = {"results": {"mrpc": {"acc,none": 1.0, "f1,none": 0.0}}, "samples": {"mrpc": [row]}}
     (one,) = of_results("mrpc", results, split="validation").samples
-    assert (one.answer, one.loglikelihoods) == ("1", (-2.5, -1.5))
+    assert (one.answer, one.loglikelihoods, one.written) == ("1", (-2.5, -1.5), "")
     assert one.metrics == {"acc,none": 1.0, "f1,none": 0.0}
 
 
