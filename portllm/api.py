@@ -131,8 +131,13 @@ def evaluate(
     patches: Sequence[Name] = (),
     data: Name = "data",
     params: EvaluateParams | None = None,
+    cache: bool = True,
 ) -> Evaluation:
-    """Score `model` and `patches` over it on `tasks` and write `out` (JSON). Raises PortllmError."""
+    """Score `model` and `patches` over it on `tasks` and write `out` (JSON).
+
+    What was scored before on the same content is taken from the user's cache, unless `cache` is False. Raises
+    PortllmError.
+    """
     from portllm.verbs import evaluate as evaluate_verb
 
     return evaluate_verb.run(
@@ -142,6 +147,7 @@ def evaluate(
         patches=[resolve(p) for p in patches],
         data=Path(data),
         params=params or EvaluateParams(),
+        cache=cache,
     )
 
 

@@ -128,7 +128,7 @@ def load_model(path: Path, *, trust_remote_code: bool = False) -> tuple[PreTrain
         )
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{path}: transformers cannot load it ({asking.reason(error)})") from error
-    return model.to(device).eval(), tokenizer
+    return (model if straight else model.to(device)).eval(), tokenizer
 
 
 def _build_once(task: Any, seed: int) -> None:

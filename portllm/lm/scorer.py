@@ -25,7 +25,8 @@ Group = Sequence[int]  # numbers of requests that are read in one row
 OnAnswered = Callable[[float], None]  # the share of the requests that are answered
 
 MOST_ROWS = 128
-MOST_TOKENS = {"cpu": 8192, "cuda": 65536}  # more of them at once make nothing faster
+MOST_TOKENS = {"cpu": 4096, "cuda": 65536}  # more of them read at once make nothing faster
+WRITTEN = 8  # times as many where text is written, a token of every row at a time
 SHARE = {"cpu": 0.2, "cuda": 0.5}  # of the free memory, for one batch; where that is too much, the batch is halved
 LOGITS = 3  # a token's logits, their log-softmax, and what computes it
 STATES = 24  # hidden states' worth of memory that a token takes on its way through a layer
@@ -73,7 +74,8 @@ class Scorer:
         for same in ways.values():
             more = int(requests[same[0]].args[1].get("max_gen_toks", self._lm.max_gen_toks))
             same.sort(key=lambda i: (lengths[i], requests[i].args[0]))
-            batches += self._cut([[i] for i in same], [more - lengths[i] for i in same], self._written_bytes())
+            rows = [more - lengths[i] for i in same]
+            batches += self._cut([[i] for i in same], rows, self._written_bytes(), most=WRITTEN)
 
         def ask(groups: Sequence[Group]) -> dict[int, str]:
             self._lm.batch_size_per_gpu = len(groups)
@@ -99,12 +101,14 @@ class Scorer:
 
         return self._answers(batches, ask, len(requests))
 
-    def _cut(self, groups: Sequence[Group], tokens: Sequence[int], token_bytes: int) -> list[list[Group]]:
+    def _cut(
+        self, groups: Sequence[Group], tokens: Sequence[int], token_bytes: int, *, most: int = 1
+    ) -> list[list[Group]]:
         if self._rows:
             return cut(groups, tokens, rows=self._rows, room=0)
-        kind = self._lm.device.type
-        room = min(int(SHARE.get(kind, SHARE["cpu"]) * self._free_bytes) // token_bytes, MOST_TOKENS.get(kind, 8192))
-        return cut(groups, tokens, rows=MOST_ROWS, room=room)
+        kind = self._lm.device.type if self._lm.device.type in SHARE else "cpu"
+        fits = int(SHARE[kind] * self._free_bytes) // token_bytes
+        return cut(groups, tokens, rows=MOST_ROWS, room=max(1, min(fits, most * MOST_TOKENS[kind])))
 
     def _answers(
         self, batches: Sequence[list[Group]], ask: Callable[[Sequence[Group]], dict[int, Answer]], total: int
