@@ -26,6 +26,8 @@ from portllm import processes
 from portllm.errors import MachineError, OutputError, PortllmError
 
 STALE_SECONDS = 24 * 3600
+# what this process is writing, and the folders it made for it (see `abandon`)
+_writing: dict[Path, Sequence[Path]] = {}
 
 
 @contextlib.contextmanager
@@ -44,11 +46,11 @@ def staged(out: Path, *, force: bool = False, inputs: Sequence[Path] = (), key: 
         return
     refuse(out, force=force, inputs=inputs)
     partial = _beside(out, "partial")
-    with _refusals_of_the_disk(out), _parents(out.parent), _locked(partial, out):
+    with _refusals_of_the_disk(out), _parents(out.parent) as made, _locked(partial, out):
         _empty(partial)
         _recover(out)
         refuse(out, force=force, inputs=inputs)  # what was recovered counts as there
-        with _keeping(out, key):
+        with _noted(partial, made), _keeping(out, key):
             yield partial
             sync_tree(partial)
             refuse(out, force=force, inputs=inputs)
@@ -80,6 +82,20 @@ def staged_file(out: Path) -> Iterator[Path]:
     finally:
         partial.unlink(missing_ok=True)
     sync_directory(out.parent)
+
+
+def abandon() -> None:
+    """Remove what this process is writing: for one that waits for others for ever, and is to be ended."""
+    for partial, made in list(_writing.items()):
+        shutil.rmtree(partial, ignore_errors=True)
+        _remove_empty(made)
+
+
+@contextlib.contextmanager
+def _noted(partial: Path, made: Sequence[Path]) -> Iterator[None]:
+    _writing[partial] = made  # it stays after an error: a signal may come in the middle of the clean-up
+    yield
+    del _writing[partial]
 
 
 @contextlib.contextmanager
@@ -203,19 +219,23 @@ def _refusals_of_the_disk(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _parents(folder: Path) -> Iterator[None]:
-    """Make `folder`; on failure, remove again what was made."""
+def _parents(folder: Path) -> Iterator[Sequence[Path]]:
+    """Make `folder`; the folders that were not there, removed again on failure."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in reversed(made):
             sync_directory(path.parent)
-        yield
+        yield made
     except BaseException:
-        for path in made:
-            with contextlib.suppress(OSError):  # another run may have put something there
-                path.rmdir()
+        _remove_empty(made)
         raise
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for path in folders:
+        with contextlib.suppress(OSError):  # another run may have put something there
+            path.rmdir()
 
 
 def _beside(out: Path, kind: str) -> Path:

@@ -30,6 +30,8 @@ SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish", "busybox"})
 PLAIN_SECONDS = 5.0
 # what ends one of several processes mostly ends the main one alike, which says so and has the launcher end the others
 OTHERS_WAIT_SECONDS = 10.0
+# for the clean-up after a signal; the launcher kills after 30 seconds
+LEAVING_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,9 +70,11 @@ class Verbs(click.Group):
         except PortllmError as error:
             if ctx.params.get("verbose", 0) > 1:
                 raise
+            _finish_leaving()
             click.echo(f"Error{_of_which_process()}: {error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
+            _finish_leaving()
             if processes.is_main():
                 click.echo("Stopped.", err=True)
             ctx.exit(130)
@@ -87,8 +91,32 @@ def _of_which_process() -> str:
 
 def join_the_others() -> None:
     """Clean up when the launcher ends this process because another one of the same job failed."""
+    if processes.count() == 1:
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_leave, args=(reading,), daemon=True, name="leave").start()
+
+
+def _finish_leaving() -> None:
+    """On the way out of one of several processes: the launcher's signal, if it comes now, changes nothing."""
+    from portllm.checkpoint.output import abandon
+
     if processes.count() > 1:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        abandon()
+
+
+def _leave(signals: int) -> None:
+    """End this process some time after a signal: Python hears of none while it waits for another process in C++."""
+    from portllm.checkpoint.output import abandon
+
+    os.read(signals, 1)
+    time.sleep(LEAVING_SECONDS)
+    abandon()
+    os._exit(1)
 
 
 class Stage:

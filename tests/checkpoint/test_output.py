@@ -299,3 +299,15 @@ def test_what_is_kept_stays_where_the_next_run_can_go_on(
         work("two", KeyboardInterrupt)
     work(None, None)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_abandoned_leaves_nothing(tmp_path: Path) -> None:
+    def work() -> None:
+        with staged(tmp_path / "new" / "out") as folder:
+            (folder / "file").write_text("1")
+            output.abandon()
+            assert list(tmp_path.iterdir()) == []
+
+    with pytest.raises(OutputError):
+        work()
+    assert list(tmp_path.iterdir()) == []
