@@ -86,21 +86,22 @@ def report(places: dict[int, Path]) -> None:
     scores = {arm: [100 * float(at(tree, path)) for tree in trees.values()] for arm, path in ARMS.items()}
     head = "".join(f" | seed {seed}" for seed in places)
     print(f"| {TASK}, accuracy in % | mean ± sd{head} |\n|---|{'---:|' * (1 + len(places))}")
+    line("always the commoner answer", [majority(place) for place in places.values()])
     for arm, values in scores.items():
         line(arm, values)
     for name, (one, other) in DIFFERENCES.items():
-        line(name, [a - b for a, b in zip(scores[one], scores[other], strict=True)], signed=True)
+        line(name, [a - b for a, b in zip(scores[one], scores[other], strict=True)], form="{:+.1f}")
     for name, path in OTHERS.items():
         line(f"{name}, %", [100 * float(at(tree, path)) for tree in trees.values()])
     for name, path in NEWS.items():
-        line(f"perplexity of v1's held-out text: {name}", [float(at(tree, path)) for tree in trees.values()])
+        values = [float(at(tree, path)) for tree in trees.values()]
+        line(f"perplexity a word of v1's held-out text: {name}", values, form="{:.3g}")
     line("minutes", [minutes(place) for place in places.values()])
 
 
-def line(name: str, values: list[float], *, signed: bool = False) -> None:
+def line(name: str, values: list[float], *, form: str = "{:.1f}") -> None:
     """One row: the mean and standard deviation, then every seed."""
-    form = "{:+.1f}" if signed else "{:.1f}"
-    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    spread = f" ± {form.format(stdev(values)).lstrip('+')}" if len(values) > 1 else ""
     print(f"| {name} | {form.format(fmean(values))}{spread} | {' | '.join(form.format(v) for v in values)} |")
 
 
@@ -109,6 +110,15 @@ def at(tree: Any, path: tuple[str, ...]) -> Any:
     for key in path:
         tree = tree[key]
     return tree
+
+
+def majority(place: Path) -> float:
+    """Share in % of the commoner label among the rows that are asked."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    labels = pq.read_table(place / "data" / "tasks" / TASK / "validation.parquet").column("label")
+    return 100 * max(pc.value_counts(labels).field("counts").to_pylist()) / len(labels)
 
 
 def minutes(place: Path) -> float:
