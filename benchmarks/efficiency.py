@@ -82,7 +82,7 @@ def _options() -> argparse.Namespace:
 
 
 def _gpu_bytes() -> int:
-    from portllm.lm import equipment
+    from portllm.lm.sizing import equipment
 
     return max((gpu.memory_bytes for gpu in equipment.inspect(ROOT).gpus), default=0)
 
@@ -112,8 +112,8 @@ def make_releases(folder: Path, scale: int) -> None:
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
+    from portllm.lm.learning.words import byte_pairs
     from portllm.lm.quiet import quieten
-    from portllm.lm.words import byte_pairs
 
     quieten()
     texts = pq.read_table(folder / "data" / "sst2" / "train.parquet", columns=["sentence"])["sentence"].to_pylist()
@@ -173,7 +173,7 @@ def _portllm(folder: Path, words: list[Any]) -> Cost:
 
 def table(folder: Path, options: argparse.Namespace, trained: Cost, step_seconds: float, ported: Cost) -> str:
     """The table, and under it on what it was measured and how it was extrapolated."""
-    from portllm.lm import equipment, shapes
+    from portllm.lm.sizing import equipment, shapes
 
     machine = equipment.inspect(ROOT)
     shape = shapes.from_config(json.loads((folder / "v0" / "config.json").read_text(encoding="utf-8")), "v0")

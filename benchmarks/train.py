@@ -100,9 +100,9 @@ def _made(folder: Path, options: argparse.Namespace) -> int:
     """Write a Llama with random weights and a byte-pair vocabulary of the rows; its number of parameters."""
     import pyarrow.parquet as pq
 
-    from portllm.lm.llama import new_llama
+    from portllm.lm.learning.llama import new_llama
+    from portllm.lm.learning.words import byte_pairs
     from portllm.lm.quiet import quieten
-    from portllm.lm.words import byte_pairs
     from portllm.params import ArchitectureParams
 
     quieten()
@@ -138,7 +138,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     """One contestant's run in this process: useful tokens, seconds, memory, losses with the second they came at."""
     import torch
 
-    from portllm.lm import encoding, loading, machine, tasks, training
+    from portllm.lm.data import encoding, tasks
+    from portllm.lm.learning import loading, machine, training
     from portllm.lm.quiet import quieten
     from portllm.params import LoraParams, OptimParams
 
@@ -175,7 +176,7 @@ def _plain_loop(model: Any, examples: Any, pad: int, optim: Any, seconds: list[f
     """The seed recipe: every row to 256 tokens with its attention mask; losses and useful tokens."""
     import torch
 
-    from portllm.lm.batches import GlobalBatches
+    from portllm.lm.learning.batches import GlobalBatches
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from portllm.checkpoint.records import PortRecord
-from portllm.lm.hub import resolve
-from portllm.lm.publishing import Destination, Pushed
+from portllm.lm.remote.hub import resolve
+from portllm.lm.remote.publishing import Destination, Pushed
 from portllm.params import EvaluateParams, PortParams
 from portllm.verbs import port as port_verb
 

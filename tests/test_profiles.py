@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from portllm import params
-from portllm.lm import models
-from portllm.lm.shapes import PUBLISHED
+from portllm.lm.sizing import models
+from portllm.lm.sizing.shapes import PUBLISHED
 
 ROOT = Path(__file__).parents[1]
 PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))
@@ -33,7 +33,7 @@ def test_a_profile_opens_with_its_command_and_can_be_loaded(path: Path) -> None:
 
 
 def test_all_tasks_are_known_with_a_split_to_train_on() -> None:
-    from portllm.lm import stock
+    from portllm.lm.data import stock
     from portllm.world import datasets
 
     for task in sorted({task for path in PROFILES for task in params.load(path).tasks}):

@@ -1,7 +1,7 @@
 """Where a model's parameters are on disk: the names in memory (transformers', PEFT's) beside those in the files.
 
 For most architectures the two are the same, and `plain` needs no library to say so. Where transformers renames, fuses
-or splits tensors on loading, `portllm.lm.layout` asks transformers itself and fills the same objects.
+or splits tensors on loading, `portllm.lm.names.layout` asks transformers itself and fills the same objects.
 """
 
 from __future__ import annotations

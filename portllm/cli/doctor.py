@@ -13,7 +13,7 @@ from portllm.cli.options import JSON, PARAMS
 from portllm.cli.running import answer
 
 if TYPE_CHECKING:
-    from portllm.lm.needs import Need
+    from portllm.lm.sizing.needs import Need
     from portllm.verbs.doctor import Diagnosis
 
 MARKS = {"ok": "ok  ", "warn": "note", "fail": "FAIL"}

@@ -156,7 +156,7 @@ def fingerprint(path: str, as_json: bool) -> None:
     Example:
       portllm fingerprint mistralai/Mistral-7B-v0.1
     """
-    from portllm.lm.hub import resolve
+    from portllm.lm.remote.hub import resolve
     from portllm.verbs import fingerprint as verb
 
     digest = verb.run(path=resolve(path))

@@ -60,7 +60,7 @@ def port(
     from portllm import api
     from portllm.cli import plans
     from portllm.cli.lineage import of_port
-    from portllm.lm.publishing import Destination
+    from portllm.lm.remote.publishing import Destination
 
     if push_to_hub is None and (private or revision is not None):
         raise click.UsageError("--private and --revision go with --push-to-hub.")

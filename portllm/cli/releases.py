@@ -105,12 +105,12 @@ def evolve(
 
 
 def _training(running: Stage) -> Any:
-    from portllm.lm.pretraining import Watch
+    from portllm.lm.learning.pretraining import Watch
 
     return Watch(on_metrics=running.metrics, on_progress=running.progress, on_note=running.note, on_cost=running.took)
 
 
 def _download(running: Stage) -> Any:
-    from portllm.lm.releases import Watch
+    from portllm.lm.remote.releases import Watch
 
     return Watch(on_note=running.note, on_bytes=running.bytes)

@@ -174,7 +174,7 @@ class Stage:
 
     def took(self, figures: Mapping[str, float]) -> None:
         """What training took: for --cost, for the tracker, and as a line on stderr."""
-        from portllm.lm import machine
+        from portllm.lm.learning import machine
 
         self.cost.update(figures)
         self.figures = dict(figures)
@@ -190,7 +190,7 @@ class Stage:
 
     def find(self, name: str) -> Path:
         """The directory of a checkpoint or patch; what must be downloaded is said beforehand and shown as it comes."""
-        from portllm.lm.releases import Watch, find
+        from portllm.lm.remote.releases import Watch, find
 
         found = find(name, Watch(on_note=self.note, on_bytes=self.bytes))
         self.close()

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from portllm.errors import CheckpointError, PortllmError
-from portllm.lm import equipment, models, needs
-from portllm.lm.equipment import Machine
-from portllm.lm.models import Model
-from portllm.lm.needs import Need, Pace
+from portllm.lm.sizing import equipment, models, needs
+from portllm.lm.sizing.equipment import Machine
+from portllm.lm.sizing.models import Model
+from portllm.lm.sizing.needs import Need, Pace
 from portllm.params import Params
 
 GPU_UTILISATION, CPU_UTILISATION = 0.35, 0.4

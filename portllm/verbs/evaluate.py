@@ -15,9 +15,9 @@ from portllm.checkpoint.output import staged_file
 from portllm.checkpoint.provenance import digests, public_name
 from portllm.checkpoint.records import SCHEMA_VERSION, PatchRecord, PortRecord, dumps
 from portllm.errors import PatchError
-from portllm.lm import evaluation, identity, ledger, sharing
-from portllm.lm.questions import Questions
-from portllm.lm.scored import Sample, Scored, main_metric
+from portllm.lm.scoring import evaluation, identity, ledger, sharing
+from portllm.lm.scoring.questions import Questions
+from portllm.lm.scoring.scored import Sample, Scored, main_metric
 from portllm.params import EvaluateParams
 
 Progress = Callable[[int, int, str], None]  # documents scored, of how many, what is being scored

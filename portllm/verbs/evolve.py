@@ -10,7 +10,8 @@ from portllm.checkpoint.output import kept, staged
 from portllm.checkpoint.provenance import digests, git_commit, public_name, revision, versions
 from portllm.checkpoint.records import ReleaseRecord, Source
 from portllm.errors import DataError
-from portllm.lm import hub, pretraining, releases
+from portllm.lm.learning import pretraining
+from portllm.lm.remote import hub, releases
 from portllm.params import EvolveParams, as_tree
 
 

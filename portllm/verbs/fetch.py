@@ -9,7 +9,8 @@ from portllm.checkpoint.output import kept, staged
 from portllm.checkpoint.provenance import digests, git_commit, versions
 from portllm.checkpoint.records import ReleaseRecord
 from portllm.errors import DataError
-from portllm.lm import hub, pretraining, releases
+from portllm.lm.learning import pretraining
+from portllm.lm.remote import hub, releases
 from portllm.params import FetchParams, as_tree
 from portllm.world import tokenizer
 

@@ -26,7 +26,7 @@ from portllm.checkpoint.records import PortRecord, Source
 from portllm.checkpoint.tying import check_sides
 from portllm.checkpoint.writer import Job, Meter, copy_file, write_files, write_subset
 from portllm.errors import ParamsError, PatchError, UnsupportedPatchError
-from portllm.lm.naming import layout_of, old_base
+from portllm.lm.names.naming import layout_of, old_base
 from portllm.params import PortParams
 
 Progress = Callable[[int, int], None]

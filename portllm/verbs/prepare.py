@@ -10,8 +10,8 @@ from portllm.checkpoint.fingerprint import file_digest
 from portllm.checkpoint.output import staged
 from portllm.checkpoint.records import DatasetRecord
 from portllm.errors import DataError
-from portllm.lm import corpora as real
-from portllm.lm import preparing, sources, tables
+from portllm.lm.data import corpora as real
+from portllm.lm.data import preparing, sources, tables
 from portllm.params import PrepareParams
 from portllm.world import corpora, datasets
 

@@ -17,7 +17,7 @@ from portllm.checkpoint.output import staged_file
 from portllm.checkpoint.provenance import public_name
 from portllm.checkpoint.records import SCHEMA_VERSION, PortRecord, dumps
 from portllm.errors import CheckpointError, EvaluationError, ParamsError
-from portllm.lm.scored import main_metric
+from portllm.lm.scoring.scored import main_metric
 from portllm.params import RegisterParams
 
 # where more of the metric is better; a patch is never judged by perplexity alone

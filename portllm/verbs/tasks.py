@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from portllm.lm import columns, prompts, stock
-from portllm.lm.stock import Listed
+from portllm.lm.data import columns, prompts, stock
+from portllm.lm.data.stock import Listed
 from portllm.world import datasets
 
 

@@ -13,7 +13,8 @@ from portllm.checkpoint.fingerprint import file_digest, fingerprint
 from portllm.checkpoint.output import kept, staged
 from portllm.checkpoint.provenance import git_commit, public_name, revision, versions
 from portllm.checkpoint.records import PatchRecord, Source, dumps
-from portllm.lm import loading, patching, tasks, training
+from portllm.lm.data import tasks
+from portllm.lm.learning import loading, patching, training
 from portllm.params import TrainParams, as_tree
 
 HISTORY = "history.csv"

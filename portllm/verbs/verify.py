@@ -24,7 +24,7 @@ from portllm.checkpoint.reader import Checkpoint
 from portllm.checkpoint.records import PortRecord, Source
 from portllm.checkpoint.writer import Meter
 from portllm.errors import ParamsError, VerificationError
-from portllm.lm.naming import layout_of, old_base
+from portllm.lm.names.naming import layout_of, old_base
 
 Progress = Callable[[int, int], None]
 

@@ -18,8 +18,8 @@ from torch.testing import assert_close
 
 import portllm
 from portllm.checkpoint.reader import Checkpoint
-from portllm.lm import loading, patching
-from portllm.lm.words import byte_pairs
+from portllm.lm.learning import loading, patching
+from portllm.lm.learning.words import byte_pairs
 from portllm.params import EvolveParams, FetchParams, LoraParams, OptimParams, TrainParams
 from portllm.verbs import evolve, fetch
 

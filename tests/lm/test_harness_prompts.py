@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from portllm.lm import encoding, evaluation, llama, prompts, tasks
+from portllm.lm.data import encoding, prompts, tasks
+from portllm.lm.learning import llama
+from portllm.lm.scoring import evaluation
 from portllm.params import ArchitectureParams, EvaluateParams
 from portllm.world import datasets, tokenizer
 

@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from portllm import cli, processes
-from portllm.lm import encoding, llama, training
+from portllm.lm.data import encoding
+from portllm.lm.learning import llama, training
 from portllm.lm.quiet import quieten
 from portllm.params import ArchitectureParams, LoraParams, OptimParams
 from portllm.world import tokenizer

@@ -42,7 +42,7 @@ def alone() -> ModuleType:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, alone: ModuleType) -> Path:
     """A base and data to train on."""
-    from portllm.lm import llama
+    from portllm.lm.learning import llama
     from portllm.params import PrepareParams
     from portllm.verbs import prepare
     from portllm.world import tokenizer

@@ -83,7 +83,7 @@ def write_model(folder: Path, data: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from portllm.lm.words import byte_pairs
+    from portllm.lm.learning.words import byte_pairs
 
     tokenizer = byte_pairs([file.read_text(encoding="utf-8") for file in sorted(data.rglob("*.jsonl"))], 300, 512)
     torch.manual_seed(0)

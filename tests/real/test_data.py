@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from portllm.checkpoint.records import DatasetRecord, PatchRecord
 from portllm.cli import main
-from portllm.lm import asking, columns, encoding, tasks
+from portllm.lm.data import asking, columns, encoding, tasks
 from portllm.params import CorpusParams, PrepareParams
 from portllm.verbs import prepare
 

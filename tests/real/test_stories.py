@@ -60,7 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from portllm.lm import patching
+    from portllm.lm.learning import patching
     from portllm.lm.quiet import quieten
     from portllm.verbs import evolve
 

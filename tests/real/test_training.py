@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from portllm.lm import encoding, loading, tasks, training
-from portllm.lm.batches import GlobalBatches
+from portllm.lm.data import encoding, tasks
+from portllm.lm.learning import loading, training
+from portllm.lm.learning.batches import GlobalBatches
 from portllm.params import LoraParams, OptimParams
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from portllm import params
 from portllm.cli import main
 from portllm.errors import ParamsError
-from portllm.lm import equipment
-from portllm.lm.equipment import Gpu, Machine
+from portllm.lm.sizing import equipment
+from portllm.lm.sizing.equipment import Gpu, Machine
 from portllm.verbs import doctor
 
 ROOT = Path(__file__).parents[2]

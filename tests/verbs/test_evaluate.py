@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from portllm.checkpoint.records import PortRecord, Source
-from portllm.lm import evaluation, llama, scorer
+from portllm.lm.learning import llama
+from portllm.lm.scoring import evaluation, scorer
 from portllm.params import ArchitectureParams, EvaluateParams
 from portllm.verbs import evaluate
 from portllm.world import tokenizer
@@ -149,7 +150,7 @@ def test_what_changed_is_scored_again(made: Path, tmp_path: Path, what: str, mon
 
 
 def evaluate_spec(made: Path) -> Any:
-    from portllm.lm import tasks
+    from portllm.lm.data import tasks
 
     return tasks.spec("sst2", made / "data")
 

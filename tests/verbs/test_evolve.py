@@ -16,7 +16,7 @@ from portllm.checkpoint.changes import changes, summary
 from portllm.checkpoint.records import ReleaseRecord
 from portllm.cli import main
 from portllm.errors import DataError, ParamsError
-from portllm.lm.words import byte_pairs
+from portllm.lm.learning.words import byte_pairs
 from portllm.params import EvolveParams, ReleaseParams
 from portllm.verbs import evolve
 

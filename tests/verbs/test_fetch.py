@@ -17,7 +17,7 @@ from portllm.checkpoint.fingerprint import fingerprint
 from portllm.checkpoint.records import ReleaseRecord
 from portllm.cli import main
 from portllm.errors import CheckpointError, OutputError
-from portllm.lm.releases import Watch
+from portllm.lm.remote.releases import Watch
 from portllm.params import FetchParams
 from portllm.verbs import fetch
 

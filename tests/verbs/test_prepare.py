@@ -15,7 +15,7 @@ import pytest
 
 from portllm.checkpoint.records import DatasetRecord
 from portllm.errors import DataError, ParamsError
-from portllm.lm import own, tasks
+from portllm.lm.data import own, tasks
 from portllm.params import CorpusParams, PrepareParams
 from portllm.verbs import prepare
 from tests import hub as standin
@@ -249,7 +249,8 @@ def test_the_hubs_data_come_at_one_commit(tmp_path: Path) -> None:
 def test_the_revision_reaches_the_library_as_a_commit(monkeypatch: pytest.MonkeyPatch, revision: str | None) -> None:
     import datasets
 
-    from portllm.lm import refusals, sources
+    from portllm.lm.data import sources
+    from portllm.lm.remote import refusals
 
     asked: list[Any] = []
 

@@ -15,7 +15,7 @@ import pytest
 from portllm.checkpoint.output import kept
 from portllm.checkpoint.records import PatchRecord
 from portllm.errors import MachineError, ParamsError
-from portllm.lm import llama, loading
+from portllm.lm.learning import llama, loading
 from portllm.params import ArchitectureParams, LoraParams, OptimParams, PrepareParams, TrainParams
 from portllm.verbs import prepare, train
 from portllm.world import tokenizer

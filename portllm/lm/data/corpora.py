@@ -1,0 +1,184 @@
+"""Real text a release is trained on: plain text and instruction data, rendered in one documented form.
+
+    columns                               rendered as
+    instruction, input, output            ### Instruction: … ### Input: … ### Response: … (Alpaca, AlpacaGPT4, Platypus)
+    system_prompt, question, response     ### System: … ### Instruction: … ### Response: … (OpenOrca)
+    conversations, messages               the same three headings, a part for each message (SlimOrca, chats)
+    text                                  as it is
+    those of one of the seven tasks       its text, one column a line, without the labels
+
+A heading stands on a line of its own, its text below it, a blank line between the parts; a part without text is left
+out. A text file holds documents parted by blank lines. Sources joined by + are read one after the other, all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from portllm.errors import DataError
+from portllm.lm.data import columns, own_rows, sources, splitting, tables
+from portllm.lm.data.preparing import TEST, TRAIN, Prepared
+
+if TYPE_CHECKING:
+    from pyarrow import Table
+
+    from portllm.params import CorpusParams
+
+# the paper's updates by name
+KNOWN: Mapping[str, str] = {
+    "OpenOrca": "Open-Orca/OpenOrca",
+    "SlimOrca": "Open-Orca/SlimOrca",
+    "Open-Platypus": "garage-bAInd/Open-Platypus",
+    "AlpacaGPT4": "vicgalle/alpaca-gpt4",
+}
+_HEADINGS = {"system": "### System:", "user": "### Instruction:", "assistant": "### Response:", "input": "### Input:"}
+JOINED = "+"
+Parts = Sequence[tuple[str, str | None]]
+
+
+def corpus(release: str, recipe: CorpusParams, data: Path, seed: int) -> Prepared:
+    """The texts of `release`: `recipe.rows` of its source to train on, `recipe.test_rows` held out; column `text`.
+
+    The source is a folder or file under `data`, a known name, or a dataset of the hub, or several joined by `+`, of
+    which the training splits are read. Raises DataError.
+    """
+    loaded, decisions, texts = _read(recipe, data)
+    mark = f"{seed}:corpus_{release}"
+    test = texts.get(TEST, [])
+    if TEST in texts:
+        test = [test[i] for i in splitting.sample(len(test), recipe.test_rows, f"{mark}:test")]
+        train = texts[TRAIN]
+    else:
+        train, test = _apart(texts[TRAIN], recipe, mark)
+    asked = {splitting.key(text) for text in test}
+    kept = splitting.without([splitting.key(text) for text in train], asked)
+    decisions["overlap"] = len(train) - len(kept)
+    chosen = [train[kept[i]] for i in splitting.sample(len(kept), recipe.rows, f"{mark}:train")]
+    if not chosen:
+        raise DataError(f"{recipe.source}: no text is left to train {release} on; give more, or hold fewer rows out")
+    decisions["beyond_limit"] = len(kept) - len(chosen)
+    decisions["duplicates"] = splitting.repeats(chosen)
+    splits = {TRAIN: _column(chosen), **({TEST: _column(test)} if test else {})}
+    counted = {name: count for name, count in sorted(decisions.items()) if count}
+    return Prepared(splits=splits, origin=loaded, decisions=counted)
+
+
+def documents(table: Table, where: str, decisions: Counter[str]) -> list[str]:
+    """Every row of `table` as text, its form told by its columns; rows without text are left out and counted (`empty`).
+
+    Raises DataError where the columns are of no known form, or a value is no text.
+    """
+    render = _form(table, where)
+    texts = [render(row, f"{where}: row {number}") for number, row in enumerate(table.to_pylist())]
+    kept = [text for text in texts if text.strip()]
+    decisions["empty"] += len(texts) - len(kept)
+    if not kept:
+        raise DataError(f"{where}: none of {len(texts)} rows has any text")
+    return kept
+
+
+def _read(recipe: CorpusParams, data: Path) -> tuple[sources.Loaded, Counter[str], dict[str, list[str]]]:
+    """Where the texts come from, what was decided about them, and the texts of each split."""
+    names = recipe.source.split(JOINED)
+    # of several, each would hold out as it likes: what is held out is chosen from the training splits of all
+    wanted = None if len(names) == 1 else (TRAIN,)
+    parts = {name: _load(dataclasses.replace(recipe, source=name), data, wanted) for name in names}
+    decisions: Counter[str] = Counter()
+    texts: dict[str, list[str]] = {}
+    for name, part in parts.items():
+        decisions.update(part.decisions)
+        for split in part.splits:
+            texts.setdefault(split, []).extend(documents(part.splits[split], f"{name}: {split}", decisions))
+    if len(parts) == 1:
+        return next(iter(parts.values())), decisions, texts
+    revisions = JOINED.join(part.revision or "" for part in parts.values())
+    origin = sources.Loaded(
+        splits={},
+        source=sources.LOCAL if {part.source for part in parts.values()} == {sources.LOCAL} else recipe.source,
+        revision=revisions if revisions.strip(JOINED) else None,
+        files={path: digest for part in parts.values() for path, digest in part.files.items()},
+    )
+    return origin, decisions, texts
+
+
+def _load(recipe: CorpusParams, data: Path, wanted: Sequence[str] | None) -> sources.Loaded:
+    if sources.here(data, recipe.source):
+        loaded = sources.local(data, recipe.source, wanted)
+        if TRAIN in loaded.splits:
+            return loaded
+        if len(loaded.splits) == 1:
+            return sources.Loaded(**{**vars(loaded), "splits": {TRAIN: next(iter(loaded.splits.values()))}})
+        raise DataError(f"{data / recipe.source}: expected train and perhaps test, found {', '.join(loaded.splits)}")
+    repo = KNOWN.get(recipe.source, recipe.source)
+    if "/" not in repo:
+        raise DataError(
+            f"{recipe.source}: neither in {data} nor a known corpus ({', '.join(KNOWN)}) nor a dataset of the hub "
+            "(OWNER/NAME); put its files there, or mend prepare.corpora"
+        )
+    rows = recipe.rows + recipe.test_rows if recipe.rows else 0
+    return sources.hub(repo, None, [TRAIN], recipe.revision, choose=lambda count: splitting.sample(count, rows, repo))
+
+
+def _apart(texts: Sequence[str], recipe: CorpusParams, mark: str) -> tuple[list[str], list[str]]:
+    """(the texts to train on, those held out by chance)."""
+    if 2 * recipe.test_rows > len(texts):
+        raise DataError(
+            f"{recipe.source}: has {len(texts)} texts, {recipe.test_rows} are to be held out; "
+            "lower test_rows to less than half"
+        )
+    held = set(splitting.sample(len(texts), recipe.test_rows, f"{mark}:test")) if recipe.test_rows else set()
+    train = [text for number, text in enumerate(texts) if number not in held]
+    return train, [texts[number] for number in sorted(held)]
+
+
+def _form(table: Table, where: str) -> Callable[[Mapping[str, Any], str], str]:
+    """How a row is rendered; instruction data before `text`, which some carry as well."""
+    names = set(table.column_names)
+    if {"instruction", "output"} <= names:
+        return lambda row, at: _instruction(row, at)
+    if {"question", "response"} <= names:
+        return lambda row, at: _parts(
+            [("system", row.get("system_prompt")), ("user", row["question"]), ("assistant", row["response"])], at
+        )
+    for column in ("messages", "conversations"):
+        if column in names:
+            return lambda row, at, column=column: _parts(  # type: ignore[misc]
+                [(one["role"], one["content"]) for one in own_rows.messages(row[column], at)], at
+            )
+    if tables.TEXT in names:
+        return lambda row, at: _checked(row[tables.TEXT], at) or ""
+    # the task with most of its text here: sst2's only column is one of winogrande's
+    if told := max((task.text for task in columns.KNOWN.values() if names.issuperset(task.text)), key=len, default=()):
+        return lambda row, at: "\n".join(_checked(row[column], at) or "" for column in told)
+    raise DataError(
+        f"{where}: expected the columns text; instruction and output; question and response; messages; or a task's; "
+        f"found {', '.join(table.column_names)}"
+    )
+
+
+def _instruction(row: Mapping[str, Any], where: str) -> str:
+    return _parts([("user", row["instruction"]), ("input", row.get("input")), ("assistant", row["output"])], where)
+
+
+def _parts(parts: Parts, where: str) -> str:
+    """The parts with their headings; nothing at all where there is no answer."""
+    told = [(speaker, (_checked(text, where) or "").strip()) for speaker, text in parts]
+    if not any(text for speaker, text in told if speaker == "assistant"):
+        return ""
+    return "\n\n".join(f"{_HEADINGS[speaker]}\n{text}" for speaker, text in told if text)
+
+
+def _checked(text: Any, where: str) -> str | None:
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"{where} holds {text!r:.60}, expected text")
+    return text
+
+
+def _column(texts: Sequence[str]) -> Table:
+    import pyarrow as pa
+
+    return pa.table({tables.TEXT: pa.array(list(texts), pa.string())})

@@ -1,0 +1,171 @@
+"""Where a dataset's rows come from: files of the user's, or the hub at one commit."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from portllm.errors import DataError
+from portllm.lm.data import tables
+from portllm.lm.quiet import quieten
+from portllm.lm.remote import refusals
+
+if TYPE_CHECKING:
+    from pyarrow import Table
+
+LOCAL = "local"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+FILES = "give the data as files with --data DIR"
+# one file's rows, whatever split they are
+WHOLE = "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """The splits of a dataset as they were found, and what a record says of where."""
+
+    splits: Mapping[str, Table]
+    source: str
+    revision: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    decisions: Mapping[str, int] = field(default_factory=dict)
+
+
+def here(data: Path, name: str) -> bool:
+    """Whether DATA has a folder or a file of that name. Raises DataError where it cannot be looked at."""
+    try:
+        return (data / name).is_dir() or any(_beside(data, name))
+    except OSError as error:
+        raise _unseen(data / name, error) from error
+
+
+def local(data: Path, name: str, splits: Sequence[str] | None = None) -> Loaded:
+    """The files DATA/<name>/<split>.<ending> of the named splits (None: of all), or DATA/<name>.<ending> as one split.
+
+    Raises DataError when a split has several files, or none of the files can be read.
+    """
+    found = _files(data, name)
+    wanted = {split: paths for split, paths in found.items() if splits is None or split in splits}
+    for split, paths in wanted.items():
+        if len(paths) > 1:
+            raise DataError(f"{data / name}: split {split} has several files ({_names(paths)}); keep one")
+    reads = {split: (paths[0], tables.read(paths[0])) for split, paths in wanted.items()}
+    unused = sum(len(paths) for split, paths in found.items() if split not in wanted)
+    marks = sum(read.marks for _, read in reads.values())
+    return Loaded(
+        splits={split: read.table for split, (_, read) in reads.items()},
+        source=LOCAL,
+        files={f"{path.parent.name}/{path.name}": read.digest for path, read in reads.values()},
+        decisions={k: v for k, v in (("files_not_used", unused), ("byte_order_marks", marks)) if v},
+    )
+
+
+def hub(
+    repo: str,
+    config: str | None,
+    splits: Sequence[str],
+    revision: str | None,
+    *,
+    choose: Callable[[int], Sequence[int]] | None = None,
+    **settings: Any,
+) -> Loaded:
+    """Splits of a dataset of the hub at one commit: `revision`, or what it stands for now.
+
+    `choose` names the rows to keep out of so many; the others never come into memory. Raises DataError.
+    """
+    import datasets
+
+    quieten()
+    commit = resolve(repo, revision)
+    found = {}
+    for split in splits:
+        with _reasons(f"{repo}@{commit[:8]}: split {split}"):
+            rows = datasets.load_dataset(repo, config, split=split, revision=commit, **settings)
+        _check_commit(rows, repo, commit)
+        with _reasons(f"{repo}@{commit[:8]}: split {split}"):
+            kept = rows if choose is None else rows.select(choose(len(rows)))
+            found[split] = kept.with_format("arrow")[:]
+    return Loaded(splits=found, source=repo, revision=commit)
+
+
+def _check_commit(rows: Any, repo: str, commit: str) -> None:
+    """Where the hub is out of reach or refuses, `datasets` takes its latest copy, of whatever commit: not for us."""
+    if others := {Path(file["filename"]).parent.name for file in rows.cache_files} - {commit}:
+        raise DataError(
+            f"{repo}: the hub did not give commit {commit[:12]}, and the latest copy on this machine is of "
+            f"{min(others)[:12]}; see that the hub can be reached and lets you in, or {FILES}"
+        )
+
+
+def resolve(repo: str, revision: str | None) -> str:
+    """The commit that `revision` (None: the default branch) of a hub's dataset stands for. Raises DataError."""
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    with _reasons(repo if revision is None else f"{repo}@{revision}"):
+        sha = refusals.api().dataset_info(repo, revision=revision).sha
+    if not sha:
+        raise DataError(f"{repo}: the hub names no commit for {revision or 'its default branch'}; pin a revision")
+    return str(sha)
+
+
+@contextlib.contextmanager
+def _reasons(what: str) -> Iterator[None]:
+    """Whatever the hub's libraries raise inside becomes one DataError that says what, and what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(refusals.scrubbed(f"{what}: {_reason(error)}")) from error
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    links = list(refusals.chain(error))
+    known = {
+        errors.GatedRepoError: "gated; accept its terms on the hub, then log in with `hf auth login`",
+        errors.RevisionNotFoundError: "the dataset has no such revision; see its branches on the hub",
+        errors.RepositoryNotFoundError: f"no dataset of the hub that you can see; log in, or {FILES}",
+        errors.OfflineModeIsEnabled: f"the hub is out of reach (HF_HUB_OFFLINE); unset that, or {FILES}",
+    }
+    for kind, text in known.items():
+        if any(isinstance(link, kind) for link in links):
+            return text
+    if any("gated dataset" in str(link) for link in links):  # how `datasets` tells it
+        return known[errors.GatedRepoError]
+    said = refusals.line(str(error)) or type(error).__name__
+    if refusals.of_the_network(error) or any(isinstance(link, ConnectionError) for link in links):
+        return f"the hub cannot be reached ({said}); check the network, or {FILES}"
+    return f"cannot be had ({said}); check its name and splits, or {FILES}"
+
+
+def _files(data: Path, name: str) -> dict[str, list[Path]]:
+    folder = data / name
+    if folder.is_dir():
+        try:
+            paths = sorted(path for path in folder.iterdir() if path.suffix in tables.ENDINGS and path.is_file())
+        except OSError as error:
+            raise _unseen(folder, error) from error
+        if not paths:
+            raise DataError(f"{folder}: holds no data; expected <split> with one of {', '.join(tables.ENDINGS)}")
+        splits = dict.fromkeys(path.stem for path in paths)
+        return {split: [path for path in paths if path.stem == split] for split in splits}
+    paths = _beside(data, name)
+    if not paths:
+        raise DataError(f"{data}: has neither {name}/ nor {name} with one of {', '.join(tables.ENDINGS)}")
+    return {WHOLE: paths}
+
+
+def _beside(data: Path, name: str) -> list[Path]:
+    return [path for ending in tables.ENDINGS if (path := data / f"{name}{ending}").is_file()]
+
+
+def _unseen(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be looked at ({error.strerror}); check the path and its permissions")
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(path.name for path in paths)

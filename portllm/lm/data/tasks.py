@@ -1,0 +1,161 @@
+"""What a task is, by its name: how it is evaluated, and what a patch is trained on.
+
+A name is, in this order, a task of the embedded world; a user's own, where DATA/<name>/task.yaml stands (see
+portllm.lm.data.own); or the LM Evaluation Harness's. Training pairs of the latter two come out of the very requests the
+harness makes of the same definition, so that training and evaluation never see different prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from portllm.checkpoint import provenance
+from portllm.errors import DataError, EvaluationError
+from portllm.lm.data import asking, columns, own, prompts, sources, stock, tables
+from portllm.lm.data.encoding import Pair
+from portllm.world import datasets
+
+if TYPE_CHECKING:
+    from pyarrow import Table
+    from transformers import PreTrainedTokenizerBase
+
+Spec = str | dict[str, Any]
+# how the harness reads a file, by its ending
+BUILDERS = {".parquet": "parquet", ".jsonl": "json"}
+
+
+def spec(name: str, data: Path | None, tokenizer: PreTrainedTokenizerBase | None = None) -> Spec:
+    """What the harness is given to evaluate `name`: a definition on the files of DATA/<name>, or its bare name.
+
+    The bare name, where there is no such folder, has the harness ask the hub. A chat task needs the `tokenizer`, for
+    its template. Raises EvaluationError and DataError.
+    """
+    if name in datasets.TASKS:
+        return on_files(_world(name), _world_files(name, data), name=name)
+    folder = None if data is None else data / name
+    if folder is None or not folder.is_dir():
+        return name
+    config = definition(name, folder.parent, tokenizer)
+    named = stock.splits(config)
+    files = {split: path for split in set(named.values()) if (path := split_file(folder, split))}
+    asked = stock.asked_split(config)
+    if asked not in files:
+        raise DataError(
+            f"{folder}: has no {asked}.parquet, on which {name} is evaluated; make it with `portllm prepare`"
+        )
+    config = {**_with_splits(config, named, files), **columns.mending(name, files[asked])}
+    return on_files(config, files, name=name)
+
+
+def training_pairs(name: str, data: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Pair]:
+    """(context, continuation) of every training row: what the harness would ask of it, and its right answer.
+
+    Raises DataError naming the row that has no right answer, EvaluationError where the task cannot be trained on.
+    """
+    if name in datasets.TASKS:
+        rows = _rows(_world_files(name, data)["train"])
+        return prompts.Prompts(_world(name)).pairs(rows)
+    config = definition(name, data, tokenizer)
+    split = config.get("training_split")
+    if not split:
+        raise EvaluationError(
+            f"{name}: its definition names no training split, so no patch is trained on it; see `portllm tasks --all`"
+        )
+    path = split_file(data / name, str(split))
+    if path is None:
+        raise DataError(f"{data / name}: has no {split}.parquet; make it with `portllm prepare {name}`")
+    table = columns.fit(name, tables.read(path).table, where=str(path))
+    return [one.pair for one in asked(config, table, name=name, split=str(split))]
+
+
+def digests(name: str, data: Path, part: Literal["all", "training", "evaluation"] = "all") -> dict[str, str]:
+    """sha256 of the files a task reads, by their names under DATA: all, what is trained on, or what is asked.
+
+    A user's own definition is among them, the harness's is not.
+    """
+    config = _world(name) if name in datasets.TASKS else definition(name, data)
+    trained = [] if part == "evaluation" else [config.get("training_split")]
+    asked = [] if part == "training" else [stock.asked_split(config)]
+    wanted = [*trained, *asked, *(stock.splits(config).values() if part == "all" else ())]
+    found = [split_file(data / name, str(split)) for split in dict.fromkeys(wanted) if split]
+    if own.is_own(data / name):
+        found.append(data / name / own.FILE)  # the user's to edit
+    return provenance.digests(path for path in found if path is not None)
+
+
+def definition(name: str, data: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
+    """The harness's configuration of `name`, a user's own in DATA/<name> before any other. Raises PortllmError."""
+    folder = data / name
+    if own.is_own(folder):
+        return own.load(folder, tokenizer)
+    if sources.here(data, name) and stock.find(name) is None:
+        raise DataError(
+            f"{name}: data of your own are prepared first: `portllm prepare {name} --data {data} --out DIR/{name}`, "
+            "then --data DIR"
+        )
+    return stock.definition(name)
+
+
+def split_file(folder: Path, split: str) -> Path | None:
+    """The file of a split that the harness can read as it is; None where there is none."""
+    return next((path for ending in BUILDERS if (path := folder / f"{split}{ending}").is_file()), None)
+
+
+def asked(config: Mapping[str, Any], table: Table, *, name: str, split: str) -> Iterator[asking.Asked]:
+    """Every row of `table` as the harness asks it. Raises DataError where a row does not fit the definition."""
+    yield from asking.rows(asking.build(_in_memory(config, table, split), name=name), name=name, split=split)
+
+
+def _in_memory(config: Mapping[str, Any], table: Table, split: str) -> dict[str, Any]:
+    """The definition with `table` as its only split, trained on and asked: no file is read, none is cached."""
+    import datasets as hub
+
+    rows = hub.Dataset(hub.table.InMemoryTable(table))
+    few: dict[str, Any] = {"fewshot_split": None, "fewshot_config": {"samples": []}}  # no prompt here has examples
+    only = {"training_split": split, "validation_split": split, "test_split": None, **few}
+    nothing = {"dataset_path": None, "dataset_name": None, "dataset_kwargs": None}
+    return {**config, **only, **nothing, "custom_dataset": lambda **_: {split: rows}}
+
+
+def _with_splits(config: Mapping[str, Any], named: Mapping[str, str], files: Mapping[str, Path]) -> dict[str, Any]:
+    """`config` without the splits that have no file; where examples were to come from one of them, there are none."""
+    absent = {field: None for field, split in named.items() if split not in files}
+    if "training_split" in absent and "fewshot_split" not in named or "fewshot_split" in absent:
+        absent["fewshot_split"] = None
+        few = {k: v for k, v in (config.get("fewshot_config") or {}).items() if k != "split"}
+        return {**config, **absent, "fewshot_config": {"samples": [], **few}}
+    return {**config, **absent}
+
+
+def on_files(config: Mapping[str, Any], files: Mapping[str, Path], *, name: str) -> dict[str, Any]:
+    """`config`, named `name`, reading the file of each split instead of the hub. Raises EvaluationError."""
+    for path in files.values():
+        if not path.is_file():
+            raise EvaluationError(f"{name}: {path} is not there; make it with `portllm prepare`, or pass --data DIR")
+    kinds = {BUILDERS[path.suffix] for path in files.values()}
+    if len(kinds) > 1:
+        raise DataError(f"{name}: its splits are of several kinds ({', '.join(sorted(kinds))}); `portllm prepare` it")
+    sources = {split: str(path.resolve()) for split, path in sorted(files.items())}
+    return {
+        **{key: value for key, value in config.items() if key != "custom_dataset"},
+        "task": name,
+        "dataset_path": kinds.pop(),
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": sources},
+    }
+
+
+def _world(name: str) -> dict[str, Any]:
+    return prompts.load_task(datasets.task_file(name))
+
+
+def _world_files(name: str, data: Path | None) -> dict[str, Path]:
+    if data is None:
+        raise DataError(f"{name}: a task of the embedded world is read from files; pass --data DIR")
+    return {split: data / name / f"{split}.parquet" for split in datasets.SPLITS}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return tables.read_rows(path, ())

@@ -1,0 +1,1 @@
+"""Training: bases from scratch, releases by continued pretraining, patches; stopped, resumed, on many processes."""

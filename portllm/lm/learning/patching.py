@@ -1,0 +1,80 @@
+"""A patch's making: a LoRA trained on a task's answers, saved as PEFT saves it, byte for byte the same each time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from portllm.lm.data import encoding
+from portllm.lm.learning import loading, training
+from portllm.lm.quiet import quieten
+from portllm.params import TrainParams
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor
+
+CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class TrainedPatch:
+    """A patch just trained, in memory, with its curve, what became of its rows, and what training cost."""
+
+    model: PeftModel
+    history: Sequence[Mapping[str, float]]
+    metrics: Mapping[str, float]
+    cost: Mapping[str, float]
+    weights: Mapping[str, Tensor] | None = None
+
+    def save(self, folder: Path, *, base_name: str) -> None:
+        """Write adapter_config.json and adapter_model.safetensors, naming the base without a machine's path."""
+        # of an adapted embedding PEFT would save the base's own weights too, which would go over another release's
+        self.model.save_pretrained(str(folder), state_dict=self.weights, save_embedding_layers=False)
+        path = folder / CONFIG
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = base_name
+        # PEFT keeps a set: its order would differ from process to process
+        for key in ("target_modules", "modules_to_save"):
+            if isinstance(config.get(key), list):
+                config[key] = sorted(config[key])
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def train(
+    base: Path,
+    pairs: Sequence[tuple[str, str]],
+    params: TrainParams,
+    *,
+    on_metrics: training.OnMetrics | None = None,
+    on_progress: training.OnProgress | None = None,
+    checkpoints: Path | None = None,
+    on_note: Callable[[str], object] = lambda _: None,
+) -> TrainedPatch:
+    """A LoRA on `base` trained on (prompt, answer) pairs, loss on the answers only (see `training.fit`).
+
+    Raises DataError, CheckpointError, ParamsError and MachineError.
+    """
+    quieten()
+    tokenizer = loading.tokenizer_of(base)
+    encoded = encoding.encode(tokenizer, pairs, params.max_length)
+    for note in encoded.notes(params.max_length):
+        on_note(note)
+    model = loading.frozen_base(base, params.optim, params.quantization)
+    patched = training.add_lora(model, params.lora, params.seed)
+    trainable = patched.num_parameters(only_trainable=True)  # once sharded, a process sees its share alone
+    fitted = training.fit(
+        patched, tokenizer, encoded.examples, optim=params.optim, seed=params.seed,
+        on_metrics=on_metrics, on_progress=on_progress, checkpoints=checkpoints, on_note=on_note,
+    )  # fmt: skip
+    metrics = {
+        **training.last_loss(fitted.history),
+        "rows": len(encoded.examples),
+        "rows_cut": encoded.cut,
+        "rows_dropped": encoded.dropped,
+        "trainable_parameters": trainable,
+    }
+    return TrainedPatch(patched, fitted.history, metrics, fitted.cost, fitted.weights)

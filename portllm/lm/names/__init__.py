@@ -1,0 +1,1 @@
+"""Where a model's parameters are on disk, asked of transformers itself."""

@@ -1,0 +1,37 @@
+"""Where a checkpoint's parameters are: by look-up where that is known to be right, else asked of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from portllm.checkpoint.derived import Old
+from portllm.checkpoint.layout import PLAIN, Layout, plain
+from portllm.checkpoint.reader import Checkpoint
+
+
+def layout_of(base: Checkpoint) -> Layout:
+    """The layout of `base`. Only families that are not plain cost the import of transformers (seconds).
+
+    A model with code of its own, which portllm does not run, and of a type transformers does not have, is renamed by
+    nobody: its names on disk are those in memory, and config.json is believed about tied weights. Raises
+    CheckpointError.
+    """
+    kind = base.config.get("model_type")
+    if kind in PLAIN:
+        return plain(base)
+    from portllm.lm.names.layout import built
+
+    if base.config.get("auto_map"):
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        if kind not in CONFIG_MAPPING:
+            return plain(base)
+    return built(base)
+
+
+def old_base(path: Path | None) -> Old | None:
+    """The base a patch was made on, where it is at hand. Raises CheckpointError."""
+    if path is None:
+        return None
+    base = Checkpoint.open(path)
+    return Old(base, layout_of(base))

@@ -1,0 +1,261 @@
+"""Where BASE, PATCH and MODEL come from: a local directory, or `hub-id[@revision]` at a pinned commit."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import re
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from portllm.checkpoint.reader import INDEX, SINGLE, shard_names
+from portllm.errors import CheckpointError, PortllmError, UnsafeFileError
+from portllm.lm.remote.refusals import api, chain, line, of_the_network, scrubbed
+
+if TYPE_CHECKING:
+    from portllm.lm.remote.downloading import Download, Progress
+
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+ADAPTER = "adapter_model.safetensors"
+# pickled weights are never downloaded
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+# what a model loads from beside its weights; what else a repository holds (original/, gguf, onnx) stays there
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.md")
+NOT_COMPANIONS = ("consolidated*", "*.index.json")
+TEMPLATES = "additional_chat_templates/"
+
+
+def resolve(
+    name: str | Path,
+    *,
+    whole: bool = False,
+    on_plan: Callable[[Download], None] | None = None,
+    on_progress: Progress | None = None,
+) -> Path:
+    """The directory `name` stands for: itself when it exists, else a snapshot of the hub repository at one commit.
+
+    A snapshot has what a model or an adapter loads from; `whole`: every file that is not pickled. `on_plan` is told
+    what will be downloaded, before it is; `on_progress(bytes done, bytes in all)` how far it is. Without the hub, the
+    cache answers. Raises CheckpointError when `name` is neither, or the hub refuses, OutputError when the disk is full.
+    """
+    path = Path(name)
+    try:
+        found = path.is_dir()
+    except OSError as error:
+        raise CheckpointError(f"{name}: cannot be looked at ({error.strerror}); check the path") from error
+    if found and name != "":
+        return path
+    match = HUB_ID.fullmatch(str(name))
+    if match is None or path.is_absolute() or str(name).startswith("."):
+        raise CheckpointError(
+            f"{name or repr(name)}: no such directory; expected a checkpoint or patch directory, or a hub id"
+        )
+    asked = Asked(str(name), match["repo"], match["revision"], whole)
+    with asked.reasons():
+        download = asked.plan()
+        if download is None:
+            return asked.cached()
+        if on_plan is not None:
+            on_plan(download)
+        download.check_room()
+        return download.run(on_progress)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` is no directory here, and can be a repository of the hub."""
+    return not Path(name).is_dir() and not Path(name).is_absolute() and HUB_ID.fullmatch(name) is not None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A repository of the hub, as the user named it."""
+
+    name: str
+    repo: str
+    revision: str | None
+    whole: bool
+
+    def plan(self) -> Download | None:
+        """The files to bring, at the commit the revision stands for now; None when the hub is out of reach."""
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        from portllm.lm.remote.downloading import Download, Wanted
+
+        try:
+            info = api().model_info(self.repo, revision=self.revision, files_metadata=True)
+        except OfflineModeIsEnabled:
+            return None
+        except Exception as error:
+            if not of_the_network(error) or _status(error) is not None:
+                raise
+            if self._in_cache() is None:
+                raise
+            return None
+        files = {
+            one.rfilename: Wanted(
+                nbytes=one.size or 0,
+                blob=one.lfs.sha256 if one.lfs else str(one.blob_id),
+                sha256=one.lfs.sha256 if one.lfs else None,
+            )
+            for one in info.siblings or ()
+        }
+        chosen = self._chosen(sorted(files), str(info.sha))
+        return Download(self.repo, self.revision or "main", str(info.sha), {name: files[name] for name in chosen})
+
+    def cached(self) -> Path:
+        """What the hub's cache has of it. Raises what the library does where it has not all."""
+        found = self._in_cache()
+        if found is None:
+            from huggingface_hub.errors import OfflineModeIsEnabled
+
+            raise OfflineModeIsEnabled
+        return found
+
+    def _in_cache(self) -> Path | None:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            folder = Path(
+                snapshot_download(self.repo, revision=self.revision, local_files_only=True, allow_patterns=[])
+            )
+        except LocalEntryNotFoundError:
+            return None
+        return folder if _complete(folder) else None
+
+    def _chosen(self, names: Sequence[str], commit: str) -> list[str]:
+        if self.whole:
+            return [name for name in names if not _like(name, PICKLES)]
+        weights = self._weights(names, commit)
+        if missing := sorted(set(weights) - set(names)):
+            raise CheckpointError(
+                f"{self.name}: {INDEX} names {missing[0]}, which the repository lacks; choose another revision"
+            )
+        return sorted({*weights, *(name for name in names if _is_companion(name))})
+
+    def _weights(self, names: Sequence[str], commit: str) -> list[str]:
+        """The safetensors a model is loaded from, or an adapter's. Raises CheckpointError where there are none."""
+        if ADAPTER in names and SINGLE not in names and INDEX not in names:
+            return [ADAPTER]
+        if INDEX not in names:
+            if SINGLE not in names:
+                raise self._no_safetensors(names, commit)
+            return [SINGLE, *(name for name in names if name == ADAPTER)]
+        shards = shard_names(self._index(commit).parent)
+        if SINGLE in names and shards != [SINGLE]:
+            raise CheckpointError(
+                f"{self.name}: has both {SINGLE} and {INDEX}, which contradict each other; choose another revision"
+            )
+        return [*shards, INDEX]
+
+    def _index(self, commit: str) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(self.repo, INDEX, revision=commit))
+
+    def _no_safetensors(self, names: Sequence[str], commit: str) -> CheckpointError:
+        pickles = [name for name in names if _like(name, PICKLES)]
+        if not pickles:
+            found = ", ".join(names[:3]) or "no files"
+            return CheckpointError(
+                f"{self.name}: holds no safetensors that a model loads from, found {found}; is it a model's repository?"
+            )
+        code = (
+            "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+            "r, v, out = sys.argv[1:]; "
+            "M.from_pretrained(r, revision=v, dtype='auto').save_pretrained(out); "
+            "T.from_pretrained(r, revision=v).save_pretrained(out)"
+        )
+        command = shlex.join(["python", "-c", code, self.repo, commit, "NEW_DIR"])
+        return UnsafeFileError(
+            f"{self.name}: holds pickled weights alone ({pickles[0]}), expected safetensors; convert it with: {command}"
+        )
+
+    @contextlib.contextmanager
+    def reasons(self) -> Iterator[None]:
+        """Whatever goes wrong inside becomes one CheckpointError that says what, and what to do."""
+        try:
+            yield
+        except PortllmError:
+            raise
+        except Exception as error:
+            # the hub's library raises its own, its HTTP library's and plain errors
+            raise CheckpointError(scrubbed(f"{self.name}: {self._reason(error)}")) from error
+
+    def _reason(self, error: BaseException) -> str:
+        from huggingface_hub import errors, get_token
+
+        place = f"{api().endpoint}/{self.repo}"
+        has_token = bool(get_token())
+        links = list(chain(error))
+
+        def told(kind: type[BaseException]) -> bool:
+            return any(isinstance(link, kind) for link in links)
+
+        if told(errors.GatedRepoError):
+            if has_token:
+                return f"gated, and this token's account is not let in; ask for access at {place}, or use another token"
+            return f"gated; accept its terms at {place}, then log in with `hf auth login` or set HF_TOKEN"
+        if told(errors.RevisionNotFoundError):
+            return f"the repository has no revision {self.revision or 'main'}; see its branches at {place}/tree/main"
+        if told(errors.RepositoryNotFoundError):
+            seen = "that your token may see" if has_token else "that can be seen without a token (`hf auth login`)"
+            return f"neither a directory nor a repository of the hub {seen}; check the name"
+        if told(errors.OfflineModeIsEnabled):
+            return (
+                "neither a directory nor whole in the hub's cache, and the hub is out of reach (HF_HUB_OFFLINE); "
+                "unset that to download, or give a local directory"
+            )
+        return _other_reason(error, links)
+
+
+def _other_reason(error: BaseException, links: Sequence[BaseException]) -> str:
+    status = next((s for link in links if (s := _status(link)) is not None), None)
+    if status == 401:
+        return (
+            "the hub does not know the token, or it has expired; log in again with `hf auth login`, or unset HF_TOKEN"
+        )
+    if status == 429:
+        return "the hub asks to wait (HTTP 429); try again later"
+    if status is not None:
+        return f"the hub {'failed' if status >= 500 else 'refused'} (HTTP {status}); try again later"
+    if any(isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT) for link in links):
+        return "the disk of the hub's cache is full; free some space, or put the cache elsewhere (HF_HOME)"
+    said = line(str(error)) or type(error).__name__
+    if of_the_network(error):
+        return (
+            f"the hub cannot be reached ({said}), and it is not whole in the cache; check the network, "
+            "or give a local directory; what has arrived is kept"
+        )
+    return f"the hub did not give it ({said}); try again"
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error tells of."""
+    response: Any = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _complete(folder: Path) -> bool:
+    """Whether a snapshot has all its weights; they are brought last, so that it then has the rest, too."""
+    try:
+        names = [ADAPTER] if (folder / ADAPTER).is_file() else shard_names(folder)
+    except CheckpointError:
+        return False
+    return all((folder / name).is_file() for name in names)
+
+
+def _is_companion(name: str) -> bool:
+    inside = name.removeprefix(TEMPLATES)
+    if "/" in inside or inside.startswith("."):
+        return False
+    return _like(inside, COMPANIONS) and not _like(inside, NOT_COMPANIONS)
+
+
+def _like(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

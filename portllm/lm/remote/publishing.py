@@ -1,0 +1,164 @@
+"""Pushing a ported directory to the hub: refused early where possible, checked afterwards, the local files kept.
+
+The token is found by huggingface_hub in its usual places (HF_TOKEN, `hf auth login`); it is never written or shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from portllm.checkpoint.provenance import is_hub_name
+from portllm.errors import HubError, ParamsError
+from portllm.lm.remote.refusals import api, chain, line, of_the_network, scrubbed
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+CHECKED_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where a directory went: the repository's full name, its commit, and its address."""
+
+    repo: str
+    revision: str
+    commit: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A model repository on the hub and a branch of it; `private` asks that nobody else may read it."""
+
+    repo: str
+    private: bool = False
+    revision: str | None = None
+
+    def check(self) -> None:
+        """Refuse what cannot succeed before any work is done: a malformed name, no token, no hub, a read-only token.
+
+        Raises ParamsError or HubError.
+        """
+        if not is_hub_name(self.repo):
+            raise ParamsError(
+                f"--push-to-hub: expected OWNER/NAME of letters, digits, '-', '_' and '.', found {self.repo[:200]!r}"
+            )
+        if self.revision is not None and (not REVISION.fullmatch(self.revision) or ".." in self.revision):
+            raise ParamsError(f"--revision: expected the name of a branch, found {self.revision[:200]!r}")
+        with self._reasons("nothing was ported; mend this, or leave out --push-to-hub"):
+            token = (api().whoami().get("auth") or {}).get("accessToken") or {}
+        if token.get("role") == "read":
+            raise HubError(
+                f"{self.repo}: the hub's token can only read, expected one that can write; "
+                "make one at https://huggingface.co/settings/tokens"
+            )
+
+    def push(self, folder: Path, files: Mapping[str, str]) -> Pushed:
+        """Upload `files` (name → SHA-256) of `folder`, and check that the hub has them all.
+
+        The repository and the branch are made if they are not there. Raises HubError; the folder stays as it is.
+        """
+        flags = [*(["--revision", self.revision] if self.revision else []), *(["--private"] if self.private else [])]
+        command = shlex.join(["hf", "upload", self.repo, str(folder), ".", *flags])
+        with self._reasons(f"{folder} is complete: to push it, run the same command again, or {command}"):
+            hub = api()
+            repo = hub.create_repo(self.repo, private=self.private or None, exist_ok=True).repo_id
+            branch = self.revision or "main"
+            self._check_private(hub, repo)
+            if branch != "main" and not branch.startswith("refs/"):
+                hub.create_branch(repo, branch=branch, exist_ok=True)
+            self._check_strangers(hub, repo, branch, files)
+            done = hub.upload_folder(
+                repo_id=repo, folder_path=folder, revision=branch, commit_message="Port by portllm",
+                allow_patterns=[glob.escape(name) for name in files],
+            )  # fmt: skip
+            _check_arrived(hub, repo, branch, folder, files)
+            return Pushed(repo, branch, str(done.oid), f"{hub.endpoint}/{repo}")
+
+    def _check_private(self, api: HfApi, repo: str) -> None:
+        if self.private and not api.model_info(repo).private:
+            raise HubError(
+                f"{repo}: exists and is public, expected a private repository; make it private in its settings, "
+                "choose another, or leave out --private"
+            )
+
+    def _check_strangers(self, api: HfApi, repo: str, branch: str, files: Mapping[str, str]) -> None:
+        """Weights of something else beside the pushed ones could be loaded in their place."""
+        there = api.list_repo_files(repo, revision=branch)
+        if strangers := sorted(name for name in there if name.endswith(WEIGHTS) and name not in files):
+            raise HubError(
+                f"{repo}: has {strangers[0]} already, which is none of the ported files and could be loaded in their "
+                "place; remove it there or choose another repository"
+            )
+
+    @contextlib.contextmanager
+    def _reasons(self, hint: str) -> Iterator[None]:
+        """Whatever goes wrong inside becomes one HubError: what the hub said, and `hint`."""
+        try:
+            yield
+        except HubError as error:
+            raise HubError(f"{error}; {hint}") from error
+        except Exception as error:
+            # the hub's library raises its own, its HTTP library's and plain errors; the port must survive them all
+            raise HubError(f"{self.repo}: {scrubbed(_reason(error))}; {hint}") from error
+
+
+def _check_arrived(api: HfApi, repo: str, branch: str, folder: Path, files: Mapping[str, str]) -> None:
+    """Raise HubError where the hub has not each file's content: by SHA-256 for large files, by git's hash for small."""
+    names, arrived = sorted(files), {}
+    for at in range(0, len(names), CHECKED_AT_ONCE):
+        known = api.get_paths_info(repo, names[at : at + CHECKED_AT_ONCE], revision=branch)
+        arrived.update({one.path: one for one in known})
+    for name in names:
+        info: Any = arrived.get(name)
+        lfs = getattr(info, "lfs", None)
+        same = info is not None and (lfs.sha256 == files[name] if lfs else info.blob_id == _git_hash(folder / name))
+        if not same:
+            found = "none" if info is None else f"another of {info.size} bytes"
+            raise HubError(f"{repo}: {name} did not arrive as it is here, the hub has {found}")
+
+
+def _git_hash(path: Path) -> str:
+    """What git calls a file's content."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line: the innermost answer of the hub, else the library's own words."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    links = list(chain(error))
+    if type(error) is ValueError:  # what the library finds wrong itself, with the hub's reasons put together
+        return f"the hub did not take it ({line(str(error))})"
+    for link in links:
+        if isinstance(link, OfflineModeIsEnabled):
+            return "the hub is switched off on this machine (HF_HUB_OFFLINE), expected to reach it; unset that"
+        if isinstance(link, LocalTokenNotFoundError):
+            return "no token of the hub was found; log in with `hf auth login`, or set HF_TOKEN"
+        if isinstance(link, HfHubHTTPError):
+            return _answered(link.response.status_code, link.server_message)
+    if of_the_network(error):
+        return f"the hub cannot be reached ({line(str(links[-1])) or type(error).__name__})"
+    return f"the hub did not take it ({line(str(error)) or type(error).__name__})"
+
+
+def _answered(status: int, said: str | None) -> str:
+    meaning = {
+        401: "the hub does not know the token, or it has expired; log in again with `hf auth login`",
+        403: "the token may not write there; use one with write access to this owner's repositories",
+        404: "the hub has no such repository or branch that you can see",
+        429: "the hub asks to wait; try again later",
+    }.get(status, "the hub failed; try again later" if status >= 500 else "the hub refused")
+    return f"{meaning} (HTTP {status}{': ' + line(said) if said else ''})"

@@ -1,0 +1,1 @@
+"""The LM Evaluation Harness over one loaded base and many patches; nothing scored twice."""
