@@ -35,7 +35,8 @@ def staged(out: Path, *, force: bool = False, inputs: Sequence[Path] = (), key: 
     """A directory beside `out` to write into; it becomes `out` when the block ends without error.
 
     With a `key`, which names the work, the block may fill `kept(out, key)`: that outlives a kill, Ctrl-C or crash, so
-    that the next run under the same key goes on from there; an error that would come again removes it, and the end.
+    that the next run under the same key goes on from there, as it does after a full disk or too little memory; an error
+    that would come again removes it, and the end.
 
     Raises OutputError when `out` is one of `inputs` or lies in one of them, when it exists and is
     not empty (unless `force`), when another process is writing it, or when the disk refuses.
@@ -100,7 +101,7 @@ def _noted(partial: Path, made: Sequence[Path]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _keeping(out: Path, key: str | None) -> Iterator[None]:
-    """Remove what was kept of other work now, and all of it in the end, unless the run is stopped or crashes."""
+    """Remove what was kept of other work now, and all of it in the end, unless the next run can go on from it."""
     place = _beside(out, "kept")
     if key is None:
         shutil.rmtree(place, ignore_errors=True)
@@ -109,8 +110,9 @@ def _keeping(out: Path, key: str | None) -> Iterator[None]:
             shutil.rmtree(other, ignore_errors=True)
     try:
         yield
-    except (PortllmError, OSError) as error:
-        if not isinstance(error, MachineError):  # memory or another process: next time there may be enough
+    except PortllmError as error:
+        # a lack of memory, disk or another process may be over next time, any other error would come again
+        if not isinstance(error, (MachineError, OutputError)):
             shutil.rmtree(place, ignore_errors=True)
         raise
     shutil.rmtree(place, ignore_errors=True)
@@ -125,7 +127,9 @@ def _sweep(out: Path) -> None:
 
 
 def refuse(out: Path, *, force: bool, inputs: Sequence[Path]) -> None:
-    """Raise OutputError where `out` may not be written (see `staged`)."""
+    """Raise OutputError where `out` may not be written (see `staged`): at once, for work that fetches much before."""
+    if not processes.is_main():  # it writes nothing there
+        return
     try:
         _refuse(out, force=force, inputs=inputs)
     except (OSError, ValueError) as error:  # too long, a NUL in it, not ours to look at
