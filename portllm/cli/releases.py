@@ -86,12 +86,14 @@ def evolve(
       portllm evolve --base models/releases/v0 --release v1 --params params.yaml --out models/releases/v1
     """
     from portllm.checkpoint.changes import summary
+    from portllm.checkpoint.output import refuse
     from portllm.cli.lineage import of_release
     from portllm.verbs import evolve as verb
 
     section = apply(params.load(opts.params_file).evolve, flags, where="evolve")
     recipe = section.recipe(release)
     with stage("evolve", name=f"evolve {out.name}", section=section, opts=opts) as running:
+        refuse(out, force=force, inputs=())  # before gigabytes of --base come
         record = verb.run(
             base=running.find(base), corpus=corpus, source=recipe.source if recipe else None,
             out=out, params=section, force=force, training=_training(running), download=_download(running),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from portllm.checkpoint.changes import changes
 from portllm.checkpoint.fingerprint import fingerprint
-from portllm.checkpoint.output import kept, staged
+from portllm.checkpoint.output import kept, refuse, staged
 from portllm.checkpoint.provenance import digests, git_commit, public_name, revision, versions
 from portllm.checkpoint.records import ReleaseRecord, Source
 from portllm.errors import DataError
@@ -61,6 +61,7 @@ def _trained(
 
 
 def _real(base: Path, out: Path, source: str, force: bool, watch: releases.Watch) -> ReleaseRecord:
+    refuse(out, force=force, inputs=(base,))  # before gigabytes come
     found = releases.find(source, watch)
     differs = changes(base, found)
     with staged(out, force=force, inputs=(base, found)) as folder:

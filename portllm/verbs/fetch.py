@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from portllm.checkpoint.fingerprint import fingerprint
-from portllm.checkpoint.output import kept, staged
+from portllm.checkpoint.output import kept, refuse, staged
 from portllm.checkpoint.provenance import digests, git_commit, versions
 from portllm.checkpoint.records import ReleaseRecord
 from portllm.errors import DataError
@@ -60,6 +60,7 @@ def _pretrained(out: Path, params: FetchParams, corpus: Path, force: bool, watch
 
 
 def _real(out: Path, params: FetchParams, force: bool, watch: releases.Watch) -> ReleaseRecord:
+    refuse(out, force=force, inputs=())  # before gigabytes come
     found = releases.find(params.source, watch)
     with staged(out, force=force, inputs=(found,)) as folder:
         source = releases.copy(found, folder, watch)

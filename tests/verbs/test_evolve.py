@@ -97,6 +97,11 @@ def test_a_real_release_of_the_hub_and_a_patch_carried_onto_it(
     assert record.base is not None
     assert record.base.name == "old"
     assert record.changes == changes(old, new)
+    asked = len(hub.asked)
+    again = CliRunner().invoke(main, [*words[:-1], "owner/absent", "--out", str(out)])
+    assert again.exit_code == 1
+    assert "pass --force" in again.stderr
+    assert len(hub.asked) == asked, "neither the base nor the release was asked for"
 
     pairs = {
         f"model.layers.0.self_attn.{name}": (torch.randn(2, 16), torch.randn(rows, 2))

@@ -128,6 +128,14 @@ def test_a_directory_is_copied_whole_or_not_at_all(
     assert contents(published) == before
 
 
+def test_an_out_that_is_there_is_refused_before_anything_is_asked_of_the_hub(hub: Any, tmp_path: Path) -> None:
+    (tmp_path / "v0").mkdir()
+    (tmp_path / "v0" / "file").write_text("1")
+    with pytest.raises(OutputError, match="--force"):
+        fetch.run(out=tmp_path / "v0", params=FetchParams(source="owner/absent"))
+    assert hub.asked == []
+
+
 @pytest.mark.parametrize("way", ["clone", "kernel", "memory"])
 def test_every_way_of_copying_gives_the_same_bytes(
     tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch, way: str
