@@ -7,7 +7,7 @@ import logging
 import os
 import subprocess  # noqa: S404  (for the name of its error)
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -28,16 +28,27 @@ STOPPED = 130
 
 def launchable(command: Command) -> Command:
     """Gives a command the option --launch, which runs it as the processes an accelerate configuration describes."""
+    return launchable_where(lambda _: True)(command)
 
-    @functools.wraps(command)
-    def launched(*, launch: Path | None, **rest: Any) -> Any:
-        count = 1 if launch is None or LAUNCHED in os.environ else _processes(launch)
-        if launch is None or count == 1:
-            return command(**rest)
-        return click.get_current_context().exit(_launch(launch, count, sys.argv[1:]))
 
-    text = f"Run as the processes this accelerate configuration describes (configs/accelerate) [env: {ENVIRONMENT}]."
-    return cast(Command, click.option("--launch", type=DIRECTORY, envvar=ENVIRONMENT, help=text)(launched))
+def launchable_where(shared: Callable[[Mapping[str, Any]], bool]) -> Callable[[Command], Command]:
+    """Like `launchable`, but one process alone where processes have nothing to share, as `shared` tells by the flags.
+
+    Each of several would copy a whole release, all but the main one to be thrown away.
+    """
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def launched(*, launch: Path | None, **rest: Any) -> Any:
+            count = 1 if launch is None or LAUNCHED in os.environ or not shared(rest) else _processes(launch)
+            if launch is None or count == 1:
+                return command(**rest)
+            return click.get_current_context().exit(_launch(launch, count, sys.argv[1:]))
+
+        text = f"Run as the processes this accelerate configuration describes (configs/accelerate) [env: {ENVIRONMENT}]"
+        return cast(Command, click.option("--launch", type=DIRECTORY, envvar=ENVIRONMENT, help=f"{text}.")(launched))
+
+    return decorate
 
 
 def _processes(config: Path) -> int:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from portllm import params
-from portllm.cli.launching import launchable
+from portllm.cli.launching import launchable_where
 from portllm.cli.options import DIRECTORY, FORCE, OUT, apply, common, of_section
 from portllm.cli.running import Common, Stage, answer, stage
+
+
+def _pretrains(flags: Mapping[str, Any]) -> bool:
+    """Whether `fetch` trains a model."""
+    from portllm.verbs.fetch import SCRATCH, WORLD
+
+    return (flags["source"] or params.load(flags["params_file"]).fetch.source) in (WORLD, SCRATCH)
+
+
+def _trains(flags: Mapping[str, Any]) -> bool:
+    """Whether `evolve` trains a model."""
+    recipe = params.load(flags["params_file"]).evolve.recipe(flags["release"])
+    return recipe is None or recipe.source is None
 
 
 @click.command(short_help="The first release of a base.")
@@ -20,7 +34,7 @@ from portllm.cli.running import Common, Stage, answer, stage
 @OUT
 @FORCE
 @of_section("fetch", params.FetchParams, skip=("source",))
-@launchable
+@launchable_where(_pretrains)
 @common
 def fetch(
     source: str | None,
@@ -63,7 +77,7 @@ def fetch(
 @OUT
 @FORCE
 @of_section("evolve", params.EvolveParams, skip=("releases",))
-@launchable
+@launchable_where(_trains)
 @common
 def evolve(
     base: str,

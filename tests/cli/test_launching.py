@@ -45,6 +45,32 @@ def test_each_configuration_asks_for_what_its_name_says(name: str, monkeypatch: 
     assert counts == expected
 
 
+@pytest.mark.parametrize(
+    ("words", "launched"),
+    [
+        (["fetch", "world"], True),
+        (["fetch", "scratch"], True),
+        (["fetch"], True),
+        (["fetch", "owner/name"], False),
+        (["fetch", "--params", "params.yaml"], False),
+        (["evolve", "--base", "b"], True),
+        (["evolve", "--base", "b", "--params", "params.yaml", "--release", "trained"], True),
+        (["evolve", "--base", "b", "--params", "params.yaml", "--release", "real"], False),
+    ],
+)
+def test_a_release_that_is_only_copied_is_copied_once(
+    words: list[str], launched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    releases = "{real: {base: v0, source: owner/name}, trained: {base: v0}}"
+    (tmp_path / "params.yaml").write_text(f"fetch: {{source: owner/name}}\nevolve: {{releases: {releases}}}\n")
+    (tmp_path / "out").write_text("in the way, so that what is not launched ends here")
+    counts: list[int] = []
+    monkeypatch.setattr(launching, "_launch", lambda _, count, __: counts.append(count) or 0)
+    done = CliRunner().invoke(cli.main, ["--no-track", *words, "--out", "out", "--launch", str(CONFIGS / "cpu-2.yaml")])
+    assert (counts, done.exit_code) == (([2], 0) if launched else ([], 1)), done.output
+
+
 def test_on_one_gpu_nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a machine's environment may name the configuration for good."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
