@@ -64,7 +64,16 @@ def _lines(found: Diagnosis) -> Iterator[str]:
         yield ""
     yield from (f"{MARKS[check.status]} {check.name}: {check.detail}" for check in found.checks)
     yield "packages: " + ", ".join(f"{name} {version or '–'}" for name, version in found.machine.packages.items())
-    yield "This machine has what it takes." if found.able else "This machine has not what it takes; see FAIL above."
+    yield _verdict(found)
+
+
+def _verdict(found: Diagnosis) -> str:
+    if not found.able:
+        return "This machine has not what it takes; see FAIL above."
+    if found.stages:
+        return "This machine has what it takes."
+    why = "the size of a model is not known" if found.models else "no experiment was given (--params FILE)"
+    return f"Nothing was estimated, as {why}; nothing was found that speaks against it."
 
 
 def _by_model(found: Diagnosis) -> dict[str, list[str]]:

@@ -16,11 +16,11 @@ import click
 from portllm.cli.options import DIRECTORY
 from portllm.cli.running import follow_parent
 from portllm.errors import MachineError
+from portllm.lm.sizing import launches
+from portllm.lm.sizing.launches import ENVIRONMENT
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-# so that the same dvc.yaml uses all GPUs of the machine it is run on
-ENVIRONMENT = "PORTLLM_ACCELERATE"
 # what was launched does not launch again
 LAUNCHED = "PORTLLM_LAUNCHED"
 STOPPED = 130
@@ -52,30 +52,14 @@ def launchable_where(shared: Callable[[Mapping[str, Any]], bool]) -> Callable[[C
 
 
 def _processes(config: Path) -> int:
-    """How many processes to start, over all machines: at most as many as there are GPUs. Raises MachineError."""
-    import yaml
+    """How many processes to start (see `launches.processes`). Raises MachineError."""
 
-    try:
-        tree = yaml.safe_load(config.read_text(encoding="utf-8"))
-        wanted, machines, on_cpu = int(tree["num_processes"]), int(tree["num_machines"]), bool(tree["use_cpu"])
-    except OSError as error:
-        raise MachineError(
-            f"{config}: expected an accelerate configuration, found {error.strerror}; see configs/accelerate"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        raise MachineError(
-            f"{config}: expected an accelerate configuration with num_processes, num_machines and use_cpu, found "
-            f"another file ({' '.join(str(error).split())[:200]}); see configs/accelerate"
-        ) from error
-    if on_cpu:
-        return wanted
-    import torch
+    def gpus() -> int:
+        import torch
 
-    if not (gpus := torch.cuda.device_count()):
-        raise MachineError(
-            f"{config}: needs GPUs, and this machine has none that torch sees; try configs/accelerate/cpu-2"
-        )
-    return wanted if machines > 1 else min(wanted, gpus)
+        return torch.cuda.device_count()
+
+    return launches.processes(config, gpus)
 
 
 def _launch(config: Path, count: int, words: list[str]) -> int:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from portllm.errors import CheckpointError, PortllmError
-from portllm.lm.sizing import equipment, models, needs
+from portllm.errors import CheckpointError, DataError, MachineError, PortllmError
+from portllm.lm.data import columns, corpora, sources, stock
+from portllm.lm.sizing import equipment, launches, models, needs
 from portllm.lm.sizing.equipment import Machine
 from portllm.lm.sizing.models import Model
 from portllm.lm.sizing.needs import Need, Pace
 from portllm.params import Params
+from portllm.world import datasets
 
 GPU_UTILISATION, CPU_UTILISATION = 0.35, 0.4
 # past this a run is not worth starting without asking the user again
@@ -93,6 +96,7 @@ def run(*, params: Params | None, folder: Path = Path(), as_if: str | None = Non
         *_room(diagnosis, folder),
         *_power(diagnosis),
         *_software(params, machine),
+        *_sharing(params, machine),
     )
     return dataclasses.replace(diagnosis, checks=checks)
 
@@ -151,24 +155,54 @@ def _pace(params: Params, machine: Machine) -> tuple[Pace, tuple[str, ...]]:
 
 
 def _data(params: Params, folder: Path) -> Iterator[Check]:
-    """Tasks and corpora that are not on this machine come from the hub."""
+    """Tasks and corpora that are not on this machine come from the hub, where they are known or can be its own."""
+    here = folder / params.prepare.data
+    asked = []
+    for kind, name, known in _named(params):
+        try:
+            if sources.here(here, name):
+                continue
+        except DataError as error:
+            yield Check(name="data", status="fail", detail=str(error))
+            continue
+        if known():
+            asked.append(name)
+        else:
+            said = f"{name}: neither in {params.prepare.data} nor {kind}; put its files there, or mend its name"
+            yield Check(name="data", status="fail", detail=said)
+    recipes = params.evolve.releases.values()
+    released = (params.fetch.source, *(recipe.source for recipe in recipes if recipe.source))
+    if asked or any("/" in name and not Path(name).is_dir() for name in released):
+        yield _hub(params, asked)
+
+
+def _named(params: Params) -> Iterator[tuple[str, str, Callable[[], bool]]]:
+    """Each task and corpus that is not the embedded world's: what it has to be, its name, whether it is that."""
+    for task in dict.fromkeys(params.tasks):
+        if task not in datasets.TASKS:
+            yield "a task of the harness", task, partial(_is_task, task)
+    parts = (part for c in params.prepare.corpora.values() for part in c.source.split(corpora.JOINED))
+    for part in dict.fromkeys(parts):
+        yield "a known corpus nor a dataset of the hub (OWNER/NAME)", part, partial(_is_corpus, part)
+
+
+def _is_task(name: str) -> bool:
+    return name in columns.SEVEN or stock.find(name) is not None
+
+
+def _is_corpus(name: str) -> bool:
+    return name in corpora.KNOWN or "/" in name
+
+
+def _hub(params: Params, asked: Sequence[str]) -> Check:
     from huggingface_hub import constants, get_token
 
-    here = folder / params.prepare.data
-    corpora = (part for c in params.prepare.corpora.values() for part in c.source.split("+"))
-    names = dict.fromkeys([*(t for t in params.tasks if not t.startswith("world_")), *corpora])
-    asked = [name for name in names if not (here / name).is_dir()]
-    hub = [m for m in (params.fetch.source,) if "/" in m and not Path(m).is_dir()]
-    if not asked and not hub:
-        return
     token = "a token is there" if get_token() else "no token (`hf auth login`, for gated models)"
     said = f"{', '.join(asked)} come from it, unless put under {params.prepare.data}; {token}" if asked else token
     if constants.HF_HUB_OFFLINE:
-        yield Check(
-            name="hub", status="warn", detail=f"switched off (HF_HUB_OFFLINE), so its cache must have all; {said}"
-        )
-    else:
-        yield Check(name="hub", status="ok", detail=said)
+        offline = f"switched off (HF_HUB_OFFLINE), so its cache must have all; {said}"
+        return Check(name="hub", status="warn", detail=offline)
+    return Check(name="hub", status="ok", detail=said)
 
 
 def _kept(copies: int) -> str:
@@ -247,6 +281,39 @@ def _software(params: Params, machine: Machine) -> Iterator[Check]:
     attentions = {params.train.optim.attention, params.evolve.optim.attention}
     if "flash_attention_2" in attentions and machine.packages["flash-attn"] is None:
         yield Check(name="flash-attn", status="fail", detail="optim.attention asks for it; install flash-attn, or sdpa")
+
+
+def _sharing(params: Params, machine: Machine) -> Iterator[Check]:
+    """Several processes share a step's rows evenly, or training refuses after everything has been fetched."""
+    if not (config := os.environ.get(launches.ENVIRONMENT)):
+        return
+    try:
+        count = launches.processes(Path(config), lambda: len(machine.gpus))
+    except MachineError as error:
+        yield Check(name="launch", status="fail", detail=str(error))
+        return
+    uneven = {name: rows for name, rows in _batches(params) if rows % count}
+    if not uneven:
+        yield Check(name="launch", status="ok", detail=f"{count} processes ({launches.ENVIRONMENT})")
+    for name, rows in uneven.items():
+        fitting = ", ".join(str(n) for n in range(1, count) if rows % n == 0)
+        yield Check(
+            name="launch", status="fail",
+            detail=f"{name} is {rows}, which the {count} processes of {launches.ENVIRONMENT} cannot share evenly; "
+            f"show them fewer GPUs (CUDA_VISIBLE_DEVICES; {fitting} would do), or set num_processes",
+        )  # fmt: skip
+
+
+def _batches(params: Params) -> Iterator[tuple[str, int]]:
+    """Rows of one step, all processes together, of everything that is trained."""
+    if params.fetch.source in (models.WORLD, models.SCRATCH):
+        yield "fetch.optim.batch_size", params.fetch.optim.batch_size
+    if any(params.evolve.releases[release].source is None for release in params.releases[1:]):
+        yield "evolve.optim.batch_size", params.evolve.optim.batch_size
+    for task in params.tasks:
+        own = "batch_size" in params.train.per_task[task].optim if task in params.train.per_task else False
+        name = f"train.per_task.{task}.optim.batch_size" if own else "train.optim.batch_size"
+        yield name, params.train.for_task(task).optim.batch_size
 
 
 def _size(folder: Path) -> int:

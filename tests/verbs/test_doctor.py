@@ -85,6 +85,79 @@ def test_a_package_that_params_ask_for_must_be_there(
     assert package not in diagnose(monkeypatch, without, profile, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "environment", "status"),
+    [(8, "gpus-ddp", "fail"), (4, "gpus-ddp", "ok"), (1, "gpus-ddp", "ok"), (8, None, None), (0, "gpus-fsdp", "fail"),
+     (3, "gpus-fsdp", "fail"), (0, "cpu-2", "ok"), (4, "absent", "fail")],
+)  # fmt: skip
+def test_processes_that_cannot_share_a_batch_are_told_of_before_anything_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpus: int, environment: str | None, status: str | None
+) -> None:
+    monkeypatch.delenv("PORTLLM_ACCELERATE", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("PORTLLM_ACCELERATE", str(ROOT / "configs" / "accelerate" / f"{environment}.yaml"))
+    here = machine(gpus=(gpu(80 * GIB),) * gpus)
+    assert diagnose(monkeypatch, here, params.load(PROFILE), tmp_path).get("launch") == ({status} if status else None)
+
+
+def test_data_that_nobody_knows_fail_and_a_file_counts_as_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = params.load(PROFILE)
+    corpora = {"openorca": params.CorpusParams(source="mine+OpenOrca"), "slimorca": params.CorpusParams(source="a/b")}
+    prepare = replace(whole.prepare, data="data", corpora=corpora)
+    mine = replace(whole, tasks=("boolq", "my_own"), prepare=prepare)
+    monkeypatch.setattr(equipment, "inspect", lambda _: machine())
+
+    def said() -> list[str]:
+        return [check.detail for check in doctor.run(params=mine, folder=tmp_path).checks if check.name == "data"]
+
+    task, corpus = said()
+    assert task.startswith("my_own: neither in data nor a task of the harness")
+    assert corpus.startswith("mine: neither in data nor a known corpus nor a dataset of the hub")
+    (tmp_path / "data").mkdir()
+    for name in ("my_own", "mine"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text("")
+    assert said() == []
+
+
+def test_what_was_not_estimated_is_not_vouched_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "abacus"}')
+    (tmp_path / "params.yaml").write_text("tasks: [world_sst2]\nreleases: [v0]\nfetch: {source: model}\n")
+    done = CliRunner().invoke(main, ["doctor", "--params", "params.yaml"])
+    assert done.exit_code == 0, done.output
+    assert "Nothing was estimated, as the size of a model is not known" in done.output.splitlines()[-1]
+    assert "no experiment was given" in CliRunner().invoke(main, ["doctor"]).output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA T400 4GB", None),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A40", "A40"),
+        ("Tesla V100-SXM2-16GB", "V100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GH200 480GB", "H200"),
+        ("NVIDIA GB200", "B200"),
+    ],
+)
+def test_a_gpu_is_known_by_its_whole_name(name: str, known: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(equipment, "_nvidia_smi", lambda: f"0, GPU-aa, {name}, 4096, 4000, 8.0\n")
+    (found,) = equipment._gpus()
+    assert found.known == (known is not None)
+    if known is not None:
+        assert (found.flops_per_second, found.memory_bytes_per_second) == next(
+            (flops, rate) for key, flops, rate, _ in equipment.GPUS if key == known
+        )
+
+
 def test_linked_caches_keep_nothing_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(equipment, "inspect", lambda _: machine())
     whole = params.load(ROOT / "params.yaml")

@@ -21,8 +21,8 @@ QUERY = ("index", "uuid", "name", "memory.total", "memory.free", "compute_cap")
 FIRST_WITH_BF16 = 8.0  # compute capability (CUDA C++ programming guide, "Arithmetic Instructions")
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 CPU_BANDWIDTH = 20e9
-# makers' data sheets: dense bf16 (fp16 where there is none) FLOP/s, bytes/s of memory, largest memory in GB; longer
-# names first
+# makers' data sheets: dense bf16 (fp16 where there is none) FLOP/s, bytes/s of memory, largest memory in GB; names
+# that begin alike: the longer first
 GPUS = (
     ("H200", 989e12, 4.8e12, 141), ("H100 PCIe", 756e12, 2.0e12, 80), ("H100", 989e12, 3.35e12, 80),
     ("H800", 989e12, 3.35e12, 80), ("B200", 2250e12, 8.0e12, 180), ("A100", 312e12, 1.9e12, 80),
@@ -138,7 +138,7 @@ def _gpus() -> Iterator[Gpu]:
         index, uuid, name, total, free, capability = cells
         if chosen is not None and index not in chosen and not any(uuid.startswith(c) for c in chosen):
             continue
-        found = next(((flops, rate) for key, flops, rate, _ in GPUS if key in name), None)
+        found = next(((flops, rate) for key, flops, rate, _ in GPUS if _is_called(key, name)), None)
         flops, rate = found or UNKNOWN_GPU
         with contextlib.suppress(ValueError):  # a device in an odd mode tells no numbers
             yield Gpu(
@@ -150,6 +150,11 @@ def _gpus() -> Iterator[Gpu]:
                 memory_bytes_per_second=rate,
                 known=found is not None,
             )
+
+
+def _is_called(key: str, name: str) -> bool:
+    """Whether a device's name has `key` as a word: an RTX A4000 is no A40, a GH200 or GB200 is an H200 or B200."""
+    return re.search(rf"\bG?{re.escape(key)}\b" if key.endswith("200") else rf"\b{re.escape(key)}\b", name) is not None
 
 
 def _nvidia_smi() -> str:
