@@ -1,6 +1,7 @@
 """Published figures, to stand beside ours: only those we know, each with source and setting, only where they fit.
 
-Scores are shares. A figure is shown for its own model and task, and where params.yaml keeps the paper's protocol.
+Scores are shares. A figure is shown for its task, beside the model that it is of or may be of (its setting says which),
+and where params.yaml keeps the paper's protocol.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ MISTRAL = "Mistral-7B-v0.1"
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """Three arms of one task on an updated release of one model."""
+    """Three arms of one task on an updated release, shown beside our `model`; `setting` says what is known of theirs."""
 
     source: str
     setting: str
@@ -52,7 +53,7 @@ class Beside:
 
 
 def _later(task: str, base: float, ported: float, retuned: float) -> Published:
-    setting = "a Mistral after LoRA updates, ten in a row, three seeds"
+    setting = "a Mistral (which one is not known to us), after LoRA updates, ten in a row, three seeds"
     return Published(
         source=FOLLOW_UP, setting=setting, model=MISTRAL, task=task, base=base, ported=ported, retuned=retuned
     )
@@ -61,7 +62,7 @@ def _later(task: str, base: float, ported: float, retuned: float) -> Published:
 SCORES = (
     Published(
         source=PORTLLM,
-        setting="zero-shot, after one update by continued pretraining",
+        setting="one of the paper's four models (which one is not known to us), zero-shot, after one update",
         model=MISTRAL,
         task="gsm8k",
         base=0.1516,
@@ -102,12 +103,15 @@ def _differences(params: Params) -> Iterator[str]:
         ("train.lora.r", lora.r, 8),
         ("train.lora.alpha", lora.alpha, 16),
         ("train.lora.dropout", lora.dropout, 0.1),
+        ("train.lora.use_rslora", lora.use_rslora, False),
         ("train.lora.target_modules", sorted(lora.target_modules), sorted(ALL_LINEARS)),
         ("train.optim.learning_rate", optim.learning_rate, 1e-4),
         ("train.optim.epochs", optim.epochs, 10.0),
         ("train.optim.max_steps", optim.max_steps, 0),
         ("rows per step", optim.batch_size * optim.gradient_accumulation, 4),
+        ("train.quantization", train.quantization, "none"),
         ("train.max_length", train.max_length, 256),
+        ("port.scale", params.port.scale, 1.0),
         ("evaluate.num_fewshot", params.evaluate.num_fewshot, 0),
         ("evaluate.limit", params.evaluate.limit, 0),
         ("prepare.limit", params.prepare.limit, 0),
@@ -117,5 +121,8 @@ def _differences(params: Params) -> Iterator[str]:
             yield f"{name} is {ours}, theirs {theirs}"
     if overridden := sorted(set(train.per_task) & set(params.tasks)):
         yield f"train.per_task changes {', '.join(overridden)}"
-    if any(recipe.source for recipe in params.evolve.releases.values()):
+    recipes = params.evolve.releases.values()
+    if params.evolve.mode != "lora" and any(recipe.source is None for recipe in recipes):
+        yield f"evolve.mode is {params.evolve.mode}, theirs lora"
+    if any(recipe.source for recipe in recipes):
         yield "the releases are real ones, theirs are made by continued pretraining"

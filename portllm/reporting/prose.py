@@ -26,8 +26,9 @@ SURPRISE = (
     "expects it as the bare release does, the old tuned model less."
 )
 PUBLISHED = (
-    "Figures of papers on the same model and task, beside ours under the same patch settings. Theirs were made with "
-    "other data, versions and machines: near is what to hope for, equal is not to be expected."
+    "Figures of papers on the same task, beside ours where params.yaml keeps what we know of their patch settings; what "
+    "we do not know (how exactly a release was updated, above all) is our choice. Theirs were made with other data, "
+    "versions and machines, some perhaps on another model: equal is not to be expected."
 )
 ABSENT = "Sections that had nothing to say."
 DRIFT = (
@@ -48,7 +49,7 @@ COST = (
     "small model starting up dominates both; the ratio grows with the model. Porting trains nothing and reads no data."
 )
 NO_PROBE = "No probe was recorded when the base was made."
-NO_PAPER = "The paper's figures for this model are left out, as the settings differ: {how}."
+NO_PAPER = "The papers' figures are left out, as the settings differ: {how}."
 NO_NEWS = "No later release was asked about its own corpus."
 NO_DRIFT = "There is no later release to compare with the first."
 NO_RESIDUAL = "No patch was re-tuned on a later release, so R is not known."

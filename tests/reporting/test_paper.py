@@ -23,6 +23,9 @@ def test_the_papers_profile_is_what_the_papers_figures_are_for() -> None:
     headline = next(one for one in found.scores if one.source == paper.PORTLLM)
     assert (headline.base, headline.retuned, headline.ported) == (0.1516, 0.3495, 0.4132)
     assert found.price == paper.PRICE
+    # what is known of theirs names no model for the headline, and only "Mistral" for the follow-up
+    assert "which one is not known to us" in headline.setting
+    assert all("which one is not known to us" in one.setting for one in found.scores)
 
 
 @pytest.mark.parametrize("name", ["params.yaml", "profiles/llama-2-7b.yaml", "profiles/gemma-2-9b.yaml"])
@@ -33,6 +36,14 @@ def test_another_model_has_none(name: str) -> None:
 def test_another_setting_has_none_and_says_why() -> None:
     other = replace(MISTRAL, train=params.override(MISTRAL.train, {"lora": {"r": 16}}, where="train"))
     assert paper.beside(other) == paper.Beside(differences=("train.lora.r is 16, theirs 8",))
+    for section, change, said in (
+        ("train", {"quantization": "4bit"}, "train.quantization is 4bit, theirs none"),
+        ("train", {"lora": {"use_rslora": True}}, "train.lora.use_rslora is True, theirs False"),
+        ("port", {"scale": 0.5}, "port.scale is 0.5, theirs 1.0"),
+        ("evolve", {"mode": "full"}, "evolve.mode is full, theirs lora"),
+    ):
+        changed = params.override(getattr(MISTRAL, section), change, where=section)
+        assert paper.beside(replace(MISTRAL, **{section: changed})) == paper.Beside(differences=(said,))
     shots = replace(MISTRAL, evaluate=replace(MISTRAL.evaluate, num_fewshot=5))
     assert paper.beside(shots).differences == ("evaluate.num_fewshot is 5, theirs 0",)
     real = paper.beside(params.load(ROOT / "profiles" / "mistral-7b-releases.yaml"))
