@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ class Harness:
         if params.threads:
             torch.set_num_threads(params.threads)
         self._path, self._params, self._trust = path, params, trust_remote_code
+        self._model: Any
         self._model, self.tokenizer = load_model(path, trust_remote_code=trust_remote_code)
         self._scorer = Scorer(self._model, self.tokenizer, rows=params.batch_size)
 
@@ -80,8 +82,15 @@ class Harness:
             yield
         finally:
             if not before.restore(self._model, model):
-                self._model, _ = load_model(self._path, trust_remote_code=self._trust)
+                del before, model  # they hold the spoilt base, beside which another may not fit
+                self._reload()
             self._scorer.use(self._model)
+
+    def _reload(self) -> None:
+        self._model = None
+        self._scorer.use(None)
+        gc.collect()
+        self._model, _ = load_model(self._path, trust_remote_code=self._trust)
 
 
 def load_tasks(specs: Sequence[str | Mapping[str, Any]], params: EvaluateParams) -> dict[str, Any]:

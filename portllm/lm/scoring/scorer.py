@@ -52,7 +52,7 @@ class Scorer:
 
     def use(self, model: Any) -> None:
         """Ask `model` from now on: the same one with a patch on it, or without."""
-        self._lm._model = model
+        self._lm._model = self._lm.pretrained = model  # both, so that no other is kept in memory
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(log-likelihood of the continuation in nats, whether it is the greedy one) of every request."""

@@ -117,6 +117,32 @@ def test_a_patch_leaves_the_base_as_it_was(data: Path, checkpoint: Path, tmp_pat
     assert len(before.samples[0].loglikelihoods) == 2
 
 
+def test_a_base_a_patch_has_written_into_is_let_go_before_it_is_loaded_anew(
+    data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gc
+    import weakref
+
+    made = patch(tmp_path / "biased", checkpoint, bias="all")
+    inner, alive = evaluation.load_model, []
+
+    def loading(*rest: Any, **told: Any) -> Any:
+        assert all(one() is None for one in alive), "two bases at once"
+        model, words = inner(*rest, **told)
+        alive.append(weakref.ref(model))
+        return model, words
+
+    monkeypatch.setattr(evaluation, "load_model", loading)
+    gc.disable()  # nothing is freed by chance
+    try:
+        harness = evaluation.Harness(checkpoint, EvaluateParams(threads=1))
+        with harness.patched(made):
+            harness.score(load("sst2", data))
+    finally:
+        gc.enable()
+    assert len(alive) == 2
+
+
 def test_a_patch_of_another_shape_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     other = tmp_path / "wide"
     words = tokenizer.build()
