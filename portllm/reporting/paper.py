@@ -18,7 +18,7 @@ MISTRAL = "Mistral-7B-v0.1"
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """Three arms of one task on an updated release, shown beside our `model`; `setting` says what is known of theirs."""
+    """Three arms of one task on an updated release, shown beside our `model`; `setting` says what we know of theirs."""
 
     source: str
     setting: str

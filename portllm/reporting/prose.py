@@ -26,9 +26,9 @@ SURPRISE = (
     "expects it as the bare release does, the old tuned model less."
 )
 PUBLISHED = (
-    "Figures of papers on the same task, beside ours where params.yaml keeps what we know of their patch settings; what "
-    "we do not know (how exactly a release was updated, above all) is our choice. Theirs were made with other data, "
-    "versions and machines, some perhaps on another model: equal is not to be expected."
+    "Figures of papers on the same task, beside ours where params.yaml keeps what we know of their patch settings; the "
+    "rest (how a release was updated, above all) is our choice. Theirs were made with other data, versions and "
+    "machines, some perhaps on another model: equal is not to be expected."
 )
 ABSENT = "Sections that had nothing to say."
 DRIFT = (
