@@ -119,12 +119,15 @@ class Asked:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
+        # of a whole repository, the library knows what it holds from when it was downloaded
         try:
-            folder = Path(
-                snapshot_download(self.repo, revision=self.revision, local_files_only=True, allow_patterns=[])
-            )
+            found = snapshot_download(
+                self.repo, revision=self.revision, local_files_only=True,
+                allow_patterns=None if self.whole else [], ignore_patterns=list(PICKLES),
+            )  # fmt: skip
         except LocalEntryNotFoundError:
             return None
+        folder = Path(found)
         return folder if _complete(folder) else None
 
     def _chosen(self, names: Sequence[str], commit: str) -> list[str]:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -205,6 +206,43 @@ def test_a_file_that_arrives_changed_is_never_used(hub: Any) -> None:
         resolve(REPO)
     hub.spoils = None
     assert contents(resolve(REPO)) == wanted()
+
+
+def test_a_file_that_arrives_short_is_told_of_without_its_signed_address(hub: Any) -> None:
+    hub.add(REPO, MODEL)
+    hub.store[hashlib.sha256(LARGE).hexdigest()] = LARGE[:-5]
+    with pytest.raises(CheckpointError, match=rf"did not arrive whole, expected {len(LARGE)} bytes, found") as error:
+        resolve(REPO)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "shown"),
+    [("https://hub/file", True), ("https://hub/other", True), ("http://hub/file", False), ("https://cdn/f", False)],
+)
+def test_the_token_goes_to_the_hub_alone_and_as_safely(
+    where: str, shown: bool, hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.hf_hub_url", lambda *_, **__: "https://hub/file")
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda _: SimpleNamespace(location=where))
+    address, headers = downloading.Download(REPO, "main", "0" * 40, {})._address("model.safetensors")
+    assert address == where
+    assert ("authorization" in headers) == shown
+
+
+def test_a_part_of_a_repository_in_the_cache_does_not_stand_for_the_whole(
+    hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(REPO, {**MODEL, "port.json": b"{}", "notes.xyz": b"by hand"})
+    folder = resolve(REPO)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert resolve(REPO) == folder
+    with pytest.raises(CheckpointError, match="nor whole in the hub's cache"):
+        resolve(REPO, whole=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    resolve(REPO, whole=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert resolve(REPO, whole=True) == folder
 
 
 def start(hub: Any, home: Path) -> subprocess.Popen[str]:
