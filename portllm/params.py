@@ -228,7 +228,10 @@ class ReportParams:
 
 @dataclass(frozen=True, kw_only=True)
 class RegisterParams:
-    """Registry names; `margin` is how far (0..1) a ported arm must be above its base arm."""
+    """Registry names, of {task} and perhaps {release}: the last model of a name gets the alias.
+
+    `margin` is how far (0..1) a ported arm must be above its base arm.
+    """
 
     name: str = "portllm-{task}"
     alias: str = "champion"

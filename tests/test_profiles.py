@@ -76,6 +76,7 @@ def test_the_papers_profiles_keep_its_protocol(name: str) -> None:
     assert len(whole.releases) == 5
     assert {recipe.base for recipe in whole.evolve.releases.values()} == {"v0"}
     assert (whole.evaluate.num_fewshot, whole.train.seed, whole.train.max_length) == (0, 1234, 256)
+    assert "{release}" in whole.register.name, "the last of four releases would be the champion, not the best"
     assert whole.train.lora == params.LoraParams()
     optim = whole.train.optim
     assert (optim.learning_rate, optim.epochs, optim.batch_size, optim.gradient_accumulation) == (1e-4, 10, 4, 1)

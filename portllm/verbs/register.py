@@ -98,7 +98,7 @@ def _decide(path: Path, scores: Mapping[str, Any], params: RegisterParams, resul
     score, floor = mine["metrics"][metric], bare["metrics"][metric]
     accepted = score > floor + params.margin
     return Decision(
-        name=_name(params.name, task),
+        name=_name(params.name, task, scores["release"]),
         task=task,
         path=public_name(path),
         accepted=accepted,
@@ -139,11 +139,11 @@ def _read(results: Path) -> Mapping[str, Any]:
     return tree
 
 
-def _name(template: str, task: str) -> str:
+def _name(template: str, task: str, release: str) -> str:
     try:
-        return template.format(task=task)
+        return template.format(task=task, release=release)
     except (KeyError, IndexError, ValueError) as error:
-        raise ParamsError(f"register.name {template!r} may hold {{task}} and nothing else in braces") from error
+        raise ParamsError(f"register.name {template!r} may hold {{task}} and {{release}}, no other braces") from error
 
 
 def _reason(score: float, floor: float, margin: float, accepted: bool) -> str:

@@ -76,6 +76,10 @@ def test_only_what_is_above_the_base_arm_is_accepted(release):
     assert record.decisions[1].reason == "ported 0.2500 is not above base 0.2500"
 
 
+def test_a_name_may_tell_releases_apart(release):
+    assert [one.name for one in judge(release, name="x-{task}-{release}").accepted] == ["x-world_boolq-v1"]
+
+
 def test_the_margin_is_strict(release):
     assert judge(release, "world_boolq", margin=0.39).accepted
     assert not judge(release, "world_boolq", margin=0.4).accepted
