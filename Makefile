@@ -32,13 +32,16 @@ doctor: $(READY) $(if $(PROFILE),workspace) ## what the experiment needs, and wh
 	$(THERE)portllm doctor --params params.yaml
 
 # A DVC project of its own beside the others, with its own lock, results and cache: the files it shares with this one
-# are links, so that there is one dvc.yaml, and the profile is its params.yaml.
+# are links, so that there is one dvc.yaml; its params.yaml is a copy of the profile, yours to edit and `dvc exp`'s.
 workspace: $(READY) ## make workspaces/NAME for PROFILE=NAME, where dvc and portllm then work as they do here
 	@test -n '$(PROFILE)' -a -f 'profiles/$(PROFILE).yaml' || { \
 	  echo "profiles/$(PROFILE).yaml is not there; expected PROFILE=one of:" $(basename $(notdir $(wildcard profiles/*.yaml))); exit 1; }
 	@mkdir -p '$(WORKSPACE)/.dvc' '$(WORKSPACE)/data' data/local
 	@ln -sfn ../../dvc.yaml '$(WORKSPACE)/dvc.yaml'
-	@ln -sfn '../../profiles/$(PROFILE).yaml' '$(WORKSPACE)/params.yaml'
+	@test ! -L '$(WORKSPACE)/params.yaml' || rm '$(WORKSPACE)/params.yaml'  # an earlier version made a link
+	@test -e '$(WORKSPACE)/params.yaml' || cp 'profiles/$(PROFILE).yaml' '$(WORKSPACE)/params.yaml'
+	@cmp -s 'profiles/$(PROFILE).yaml' '$(WORKSPACE)/params.yaml' || echo \
+	  'note: $(WORKSPACE)/params.yaml is not profiles/$(PROFILE).yaml and is what counts; remove it to take the profile'
 	@ln -sfn ../../portllm '$(WORKSPACE)/portllm'
 	@ln -sfn ../../.dvcignore '$(WORKSPACE)/.dvcignore'
 	@ln -sfn ../../../data/local '$(WORKSPACE)/data/local'

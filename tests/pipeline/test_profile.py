@@ -134,6 +134,21 @@ def test_one_command_runs_a_profile_whole_and_leaves_the_project_alone(tiny: Any
     assert "Running stage" not in again.stdout
 
 
+def test_params_edited_in_a_workspace_stay_and_the_profile_does_too(tiny: Any) -> None:
+    assert make(tiny, "workspace", "PROFILE=tiny").stdout == ""
+    profile, there = tiny.folder / "profiles" / "tiny.yaml", tiny.folder / "workspaces" / "tiny" / "params.yaml"
+    assert there.read_text() == PROFILE
+    there.write_text(PROFILE.replace("seed: 1", "seed: 2"))
+    again = make(tiny, "workspace", "PROFILE=tiny")
+    assert "note: workspaces/tiny/params.yaml is not profiles/tiny.yaml" in again.stdout
+    assert "seed: 2" in there.read_text()
+    assert profile.read_text() == PROFILE
+    there.unlink()
+    there.symlink_to(profile)
+    assert make(tiny, "workspace", "PROFILE=tiny").stdout == ""
+    assert not there.is_symlink()
+
+
 def test_what_cannot_run_stops_before_anything_does(tiny: Any) -> None:
     absent = make(tiny, "repro", "PROFILE=large")
     assert absent.returncode != 0
