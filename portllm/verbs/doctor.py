@@ -269,8 +269,8 @@ def _devices(machine: Machine) -> Iterator[Check]:
             name="device", status="ok" if gpu.bf16 else "warn", detail=f"{gpu.name}, {_gb(gpu.memory_bytes)}{short}"
         )
     if len(machine.gpus) > 1:
-        hint = "" if machine.accelerate_config else " (configs/accelerate has configurations)"
-        yield Check(name="device", status="ok", detail=f"the pipeline takes one device, `accelerate launch` all{hint}")
+        said = f"the pipeline takes one device, or all by {launches.ENVIRONMENT}=FILE (see configs/accelerate)"
+        yield Check(name="device", status="ok", detail=said)
     if not machine.gpus:
         yield Check(name="device", status="ok", detail=f"no CUDA device; {machine.cores} cores of {machine.cpu}")
 

@@ -34,7 +34,7 @@ def machine(**changes: Any) -> Machine:
     known: dict[str, Any] = {
         "cpu": "a processor", "cores": 16, "ram_bytes": 128 * GIB, "ram_available_bytes": 100 * GIB,
         "disk_free_bytes": 2000 * GIB, "gpus": (gpu(80 * GIB),), "packages": dict.fromkeys(equipment.PACKAGES, "1.0"),
-        "torch_cuda": "12.8", "accelerate_config": False,
+        "torch_cuda": "12.8",
     }  # fmt: skip
     return Machine(**{**known, **changes})
 

@@ -60,7 +60,6 @@ class Machine:
     gpus: tuple[Gpu, ...]
     packages: dict[str, str | None]
     torch_cuda: str | None
-    accelerate_config: bool
 
 
 def inspect(folder: Path) -> Machine:
@@ -78,7 +77,6 @@ def inspect(folder: Path) -> Machine:
         gpus=tuple(_gpus()),
         packages={name: _version(name) for name in PACKAGES},
         torch_cuda=_torch_cuda(),
-        accelerate_config=_accelerate_config().is_file(),
     )
 
 
@@ -187,11 +185,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _accelerate_config() -> Path:
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    return Path(home) / "accelerate" / "default_config.yaml"
 
 
 def _cpu_name() -> str:
