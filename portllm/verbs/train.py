@@ -9,6 +9,7 @@ from pathlib import Path
 
 from portllm import processes
 from portllm.checkpoint.card import patch_card
+from portllm.checkpoint.files import companions
 from portllm.checkpoint.fingerprint import file_digest, fingerprint
 from portllm.checkpoint.output import kept, staged
 from portllm.checkpoint.provenance import git_commit, public_name, revision, versions
@@ -73,8 +74,8 @@ def run(
 
 def _key(base: Path, task: str, read: Mapping[str, str], params: TrainParams) -> str:
     """What names a training: a snapshot is gone on with where all of this is the same."""
-    files = sorted(path for path in base.iterdir() if path.suffix in (".json", ".model"))
-    inputs = [fingerprint(base), {path.name: file_digest(path) for path in files}, task, dict(read), as_tree(params)]
+    files = {name: file_digest(path) for name, path in companions(base, base).items()}
+    inputs = [fingerprint(base), files, task, dict(read), as_tree(params)]
     made_by = [versions("torch", "transformers", "peft", "accelerate"), processes.count()]
     return hashlib.sha256(dumps([inputs, made_by]).encode()).hexdigest()
 

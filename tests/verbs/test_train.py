@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from portllm.checkpoint.output import kept
 from portllm.checkpoint.records import PatchRecord
-from portllm.errors import MachineError, ParamsError
-from portllm.lm.learning import llama, loading
-from portllm.params import ArchitectureParams, LoraParams, OptimParams, PrepareParams, TrainParams
+from portllm.errors import CheckpointError, EvaluationError, MachineError, ParamsError
+from portllm.lm.learning import llama, loading, pretraining
+from portllm.lm.scoring import evaluation
+from portllm.params import ArchitectureParams, EvolveParams, LoraParams, OptimParams, PrepareParams, TrainParams
 from portllm.verbs import prepare, train
 from portllm.world import tokenizer
 
@@ -25,6 +28,7 @@ MOMENTS = 6
 TASK = "world_sst2"
 OPTIM = OptimParams(learning_rate=1e-2, max_steps=4, batch_size=4, logging_steps=2, threads=1)
 PARAMS = TrainParams(max_length=64, optim=OPTIM, lora=LoraParams(r=2, alpha=4))
+SAVING = EvolveParams(optim=dataclasses.replace(OPTIM, save_steps=1))
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +108,48 @@ def test_what_training_took_is_told_and_stands_in_no_record(work: SimpleNamespac
     assert figures["processes"] == 1
     written = (tmp_path / "out" / "patch.json").read_text()
     assert not [key for key in figures if key in written]
+
+
+@pytest.mark.parametrize("harm", ["cut short", "another size", "no JSON"])
+def test_a_broken_base_is_said_in_one_line(work: SimpleNamespace, tmp_path: Path, harm: str) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(work.base, base)
+    weights, config = base / "model.safetensors", base / "config.json"
+    if harm == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif harm == "another size":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 48}))
+    else:
+        config.write_text("{")
+    with pytest.raises(CheckpointError):
+        loading.frozen_base(base, OPTIM)
+    with pytest.raises(CheckpointError):
+        loading.trainable_base(base, OPTIM)
+    with pytest.raises(EvaluationError, match="cannot load it"):
+        evaluation.load_model(base)
+
+
+def test_a_gpu_that_is_too_small_for_the_base_is_no_broken_base(
+    work: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", full)
+    for load in (lambda: loading.frozen_base(work.base, OPTIM), lambda: evaluation.load_model(work.base)):
+        with pytest.raises(MachineError, match="does not fit into the GPU's memory"):
+            load()
+
+
+def test_a_base_with_another_template_is_other_work(work: SimpleNamespace, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(work.base, base)
+    before = train._key(base, TASK, {}, PARAMS), pretraining.key(base, {}, SAVING)
+    assert before == (train._key(base, TASK, {}, PARAMS), pretraining.key(base, {}, SAVING))
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    after = train._key(base, TASK, {}, PARAMS), pretraining.key(base, {}, SAVING)
+    assert before[0] != after[0]
+    assert before[1] != after[1]
 
 
 @pytest.mark.parametrize(

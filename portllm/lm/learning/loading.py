@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portllm.errors import CheckpointError, MachineError
+from portllm.errors import CheckpointError, MachineError, ParamsError
+from portllm.lm.opening import refusals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,11 +23,13 @@ def computes_in(precision: str) -> str:
     """`fp32` or `bf16`: what is asked for, or with `auto` what this machine is best at. Raises MachineError."""
     import torch
 
-    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise MachineError("optim.precision: bf16 needs a GPU of NVIDIA's Ampere or a later kind; use fp32")
-    if precision != "auto":
+    if precision == "fp32":
         return precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    # emulated, which older GPUs can do, it is slower than fp32
+    able = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and torch.cuda.is_available() and not able:
+        raise MachineError("optim.precision: bf16 needs a GPU of NVIDIA's Ampere or a later kind; use fp32")
+    return "bf16" if able or precision == "bf16" else "fp32"
 
 
 def frozen_base(base: Path, optim: OptimParams, quantization: str = "none") -> PreTrainedModel:
@@ -38,10 +41,10 @@ def frozen_base(base: Path, optim: OptimParams, quantization: str = "none") -> P
 
     kind = torch.bfloat16 if computes_in(optim.precision) == "bf16" else torch.float32
     if quantization != FOUR_BITS:
-        return _load(base, optim.attention, dtype=kind)
+        return _load(base, optim, dtype=kind)
     from peft import prepare_model_for_kbit_training
 
-    model = _load(base, optim.attention, **_in_four_bits(kind))
+    model = _load(base, optim, **_in_four_bits(kind))
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
@@ -49,24 +52,23 @@ def trainable_base(base: Path, optim: OptimParams) -> PreTrainedModel:
     """The model at `base` to train whole: fp32 weights, whatever is computed in, as small steps vanish in bf16."""
     import torch
 
-    return _load(base, optim.attention, dtype=torch.float32)
+    return _load(base, optim, dtype=torch.float32)
 
 
 def tokenizer_of(base: Path) -> PreTrainedTokenizerBase:
     """The tokenizer at `base`. Raises CheckpointError when it has none that can be read."""
     from transformers import AutoTokenizer
 
-    try:
+    with refusals(base, CheckpointError, "no readable tokenizer ({}); fetch the base again"):
         return AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{base}: no readable tokenizer ({_line(error)}); fetch the base again") from error
 
 
-def attention_for(config: Any, wanted: str) -> str | None:
+def attention_for(config: Any, optim: OptimParams) -> str | None:
     """What to hand transformers as attn_implementation; None: its own choice, sdpa where the model has it.
 
-    Raises MachineError for flash_attention_2 where it is not installed.
+    Raises MachineError for flash_attention_2 where it is not installed, ParamsError where fp32 is computed in.
     """
+    wanted = optim.attention
     if wanted == "auto":
         # soft-capped logits (Gemma 2, arXiv:2408.00118): sdpa cannot cap them, and would train another model
         return "eager" if getattr(config, "attn_logit_softcapping", None) else None
@@ -78,19 +80,21 @@ def attention_for(config: Any, wanted: str) -> str | None:
                 "optim.attention: flash_attention_2 needs a CUDA GPU and the package flash-attn, which this machine "
                 "lacks; install it, or use attention: auto"
             )
+        if computes_in(optim.precision) == "fp32":
+            raise ParamsError(
+                "optim.attention: flash_attention_2 computes in bf16, found fp32; use precision: bf16, or auto"
+            )
     return wanted
 
 
-def _load(base: Path, attention: str, **options: Any) -> PreTrainedModel:
+def _load(base: Path, optim: OptimParams, **options: Any) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        wanted = attention_for(AutoConfig.from_pretrained(base), attention)
+    with refusals(base, CheckpointError, "cannot be loaded for training ({}); is it a whole base?"):
+        wanted = attention_for(AutoConfig.from_pretrained(base), optim)
         return AutoModelForCausalLM.from_pretrained(
             base, attn_implementation=wanted, use_safetensors=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{base}: cannot be loaded for training ({_line(error)}); is it a whole base?") from error
 
 
 def _in_four_bits(kind: Any) -> dict[str, Any]:
@@ -119,7 +123,3 @@ def _in_four_bits(kind: Any) -> dict[str, Any]:
         "dtype": kind,
         "device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))},
     }
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -21,6 +21,7 @@ class Meter:
         self._gpu_samples: list[float] = []
         self._seconds = self._cpu_seconds = 0.0
         self._threads = 1
+        self._device = -1
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -32,6 +33,7 @@ class Meter:
         self._threads = torch.get_num_threads()
         done = threading.Event()
         sampler = threading.Thread(target=self._sample, args=(done,), daemon=True, name="gpu-utilisation")
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else -1
         started_at, cpu_at = time.perf_counter(), time.process_time()
         if torch.cuda.is_available():
             sampler.start()
@@ -79,8 +81,8 @@ class Meter:
 
         while not done.wait(SAMPLE_SECONDS):
             try:
-                self._gpu_samples.append(torch.cuda.utilization() / 100)
-            except (ModuleNotFoundError, RuntimeError):  # no NVML bindings here: the figure is left out
+                self._gpu_samples.append(torch.cuda.utilization(self._device) / 100)
+            except Exception:  # no NVML, or one that refuses: the figure is left out, training goes on
                 return
 
 

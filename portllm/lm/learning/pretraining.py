@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from portllm import processes
 from portllm.checkpoint.copying import copy_companions
-from portllm.checkpoint.fingerprint import fingerprint
+from portllm.checkpoint.files import companions
+from portllm.checkpoint.fingerprint import file_digest, fingerprint
 from portllm.checkpoint.merging import write_merged
 from portllm.checkpoint.patch import Patch
 from portllm.checkpoint.planning import make_plan
@@ -140,7 +141,8 @@ def key(base: Path | None, data: Mapping[str, str], params: FetchParams | Evolve
     if not params.optim.save_steps:
         return None
     made_by = [versions("torch", "transformers", "peft", "accelerate"), processes.count()]
-    inputs = [fingerprint(base) if base else None, dict(data), as_tree(params)]
+    files = {name: file_digest(path) for name, path in companions(base, base).items()} if base else {}
+    inputs = [fingerprint(base) if base else None, files, dict(data), as_tree(params)]
     return hashlib.sha256(dumps([inputs, made_by]).encode()).hexdigest()
 
 

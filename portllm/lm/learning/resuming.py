@@ -103,6 +103,8 @@ class Resumed:
             group["lr"] = rate
         optimizer.load_state_dict(tree)
         trainer.lr_scheduler.load_state_dict(state["schedule"])
+        # the rest has been given: of a whole 7B model it is 84 GB
+        self._tensors = {name: self._tensors[name] for name in (CPU, CUDA, LOSS) if name in self._tensors}
 
     def give_random(self, device: Any) -> None:
         """Put each process's random generators where they were."""

@@ -7,6 +7,7 @@ order, so the machine changes a result by rounding at most.
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portllm import processes
-from portllm.errors import MachineError, ParamsError
+from portllm.errors import CheckpointError, MachineError, ParamsError
+from portllm.lm import opening
 from portllm.lm.data.encoding import Example
 from portllm.lm.learning import loop, resuming
 from portllm.lm.learning.batches import Collator, Counter, GlobalBatches
@@ -88,13 +90,16 @@ def fit(
 
     The same inputs on the same machine give byte-identical weights, stopped and resumed or not. `on_metrics(step,
     metrics)` is called with each row of the history as it comes, `on_progress(step, steps)` after each step.
-    Raises ParamsError and MachineError.
+    Raises ParamsError, CheckpointError and MachineError.
     """
+    known = _known_tokens(model, tokenizer, examples)
     if optim.gradient_checkpointing:
         _recompute(model)
     counter, meter = Counter(), Meter()
     with tempfile.TemporaryDirectory() as scratch, _threads(optim.threads), _refusals_of_the_machine():
-        arguments = _arguments(optim, seed, scratch)
+        arguments = _arguments(optim, seed, len(examples), scratch)
+        if processes.count() == 1:
+            arguments._n_gpu = min(arguments.n_gpu, 1)  # or DataParallel splits each batch over all GPUs there are
         snapshots = Snapshots(checkpoints, on_note) if checkpoints and optim.save_steps else None
         plan = loop.Plan(
             batches=_batches(examples, optim, seed),
@@ -103,8 +108,9 @@ def fit(
             on_metrics=on_metrics,
             on_progress=on_progress,
         )
-        # many bases have no token for padding; it carries no loss, and no token of the text sees it
-        collator = Collator(tokenizer.pad_token_id or 0, counter)
+        # many bases have no token for padding, or no row for it; it carries no loss, and no token of the text sees it
+        padding = tokenizer.pad_token_id or 0
+        collator = Collator(padding if padding < known else 0, counter)
         trainer = loop.planned_trainer(
             plan, model=model, args=arguments, train_dataset=examples, data_collator=collator
         )
@@ -116,6 +122,18 @@ def fit(
         fitted = Fitted(history, meter.figures(counter.tokens, counter.useful), _gathered(model))
     model.eval()
     return fitted
+
+
+def _known_tokens(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> int:
+    """How many tokens `model` has rows for. Raises CheckpointError where `examples` hold another."""
+    known = opening.known_tokens(model)
+    if len(tokenizer) > known:  # not wrong in itself: some have tokens for pictures, which no text comes to
+        highest = max(max(example["input_ids"]) for example in examples)
+        if highest >= known:
+            raise CheckpointError(opening.unknown(highest, known))
+    return known
 
 
 def _batches(examples: Sequence[Example], optim: OptimParams, seed: int) -> GlobalBatches:
@@ -170,7 +188,7 @@ def rows_per_process(optim: OptimParams) -> int:
     return rows
 
 
-def _arguments(optim: OptimParams, seed: int, scratch: str) -> TrainingArguments:
+def _arguments(optim: OptimParams, seed: int, rows: int, scratch: str) -> TrainingArguments:
     from transformers import TrainingArguments
 
     precision = computes_in(optim.precision)
@@ -182,7 +200,7 @@ def _arguments(optim: OptimParams, seed: int, scratch: str) -> TrainingArguments
         per_device_train_batch_size=rows_per_process(optim),
         gradient_accumulation_steps=optim.gradient_accumulation,
         lr_scheduler_type=optim.schedule,
-        lr_scheduler_kwargs=_schedule_settings(optim),
+        lr_scheduler_kwargs=_schedule_settings(optim, rows),
         warmup_steps=optim.warmup_ratio,  # below 1 it is a share of all steps
         weight_decay=optim.weight_decay,
         adam_beta1=optim.beta1,
@@ -210,10 +228,16 @@ def _on_cpu(precision: str) -> bool:
     return not torch.cuda.is_available() and (precision == "bf16" or processes.count() > 1)
 
 
-def _schedule_settings(optim: OptimParams) -> dict[str, Any]:
+def _schedule_settings(optim: OptimParams, rows: int) -> dict[str, Any]:
     if optim.schedule != "warmup_stable_decay":
         return {}
-    return {"num_decay_steps": round(optim.max_steps * optim.decay_ratio)}
+    return {"num_decay_steps": round(_steps(optim, rows) * optim.decay_ratio)}
+
+
+def _steps(optim: OptimParams, rows: int) -> int:
+    """All steps of a training on `rows` rows, as Trainer counts them."""
+    batches = math.ceil(rows / optim.batch_size)
+    return optim.max_steps or math.ceil(optim.epochs * math.ceil(batches / optim.gradient_accumulation))
 
 
 @contextlib.contextmanager

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portllm.errors import EvaluationError
+from portllm.errors import EvaluationError, MachineError
 from portllm.lm.data import asking, stock
+from portllm.lm.opening import refusals
 from portllm.lm.quiet import quieten
 from portllm.lm.scoring import restoring, sharing
 from portllm.lm.scoring.scored import Scored, of_results
@@ -66,12 +67,17 @@ class Harness:
 
     @contextlib.contextmanager
     def patched(self, patch: Path) -> Iterator[None]:
-        """The PEFT adapter in `patch` switched on, unmerged, until the block ends. Raises EvaluationError."""
+        """The PEFT adapter in `patch` switched on, until the block ends. Raises EvaluationError, MachineError."""
+        import torch
         from peft import PeftModel
 
         before = restoring.State.of(self._model)
         try:
             model = PeftModel.from_pretrained(self._model, str(patch), is_trainable=False).eval()
+        except torch.OutOfMemoryError as error:
+            raise MachineError(
+                f"{patch}: does not fit into the GPU's memory beside {self._path.name}; use a larger GPU"
+            ) from error
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             what = asking.reason(error)
             raise EvaluationError(
@@ -125,19 +131,17 @@ def asked_split(task: Any) -> str:
 def load_model(path: Path, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model and tokenizer in `path`, on the GPU where there is one, in eval mode.
 
-    The weights keep the dtype the checkpoint has. Raises EvaluationError when either cannot be loaded.
+    The weights keep the dtype the checkpoint has. Raises EvaluationError when either cannot be loaded, MachineError.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = sharing.device()
     straight = {"device_map": {"": device}} if device.type == "cuda" else {}  # never whole in the machine's own memory
-    try:
+    with refusals(path, EvaluationError, "transformers cannot load it ({}); is it a whole checkpoint?"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code, **straight
         )
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{path}: transformers cannot load it ({asking.reason(error)})") from error
     return (model if straight else model.to(device)).eval(), tokenizer
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from portllm import processes
 from portllm.errors import EvaluationError
+from portllm.lm import opening
 from portllm.lm.scoring import sharing
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Scorer:
         self._ask_tokens = self._lm._loglikelihood_tokens
         self._lm._loglikelihood_tokens = self._loglikelihood_tokens
         self._free_bytes = min(sharing.gathered(_free_bytes(self._lm.device)))
+        known = opening.known_tokens(model)
+        self._known = known if len(tokenizer) > known else None  # None: all that the tokenizer can make
         self._parts = 1  # of a batch that was too large, and of those after it
 
     def use(self, model: Any) -> None:
@@ -66,7 +69,9 @@ class Scorer:
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """What the model writes after each context, up to the first stop sequence."""
         # as the harness orders them, so that the same rows share a batch
-        lengths = [-len(self._lm.tok_encode(request.args[0])) for request in requests]
+        contexts = [self._lm.tok_encode(request.args[0]) for request in requests]
+        self._expect_known(contexts)
+        lengths = [-len(context) for context in contexts]
         ways: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             ways.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
@@ -87,7 +92,10 @@ class Scorer:
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         """Answers to (texts, tokens of the context, tokens of the continuation)."""
         rows: dict[tuple[int, ...], list[int]] = {}
-        for i, (_texts, context, continuation) in enumerate(requests):
+        self._expect_known([*context, *continuation] for _, context, continuation in requests)
+        for i, (texts, context, continuation) in enumerate(requests):
+            if not continuation:
+                raise EvaluationError(f"an answer without a token cannot be scored: {texts!r:.200}; mend the task")
             rows.setdefault((*context, *continuation[:-1]), []).append(i)
         # as the harness orders them; of one row's requests it reads the longest continuation
         last = {row: max((requests[i][2] for i in group), key=len)[-1] for row, group in rows.items()}
@@ -100,6 +108,10 @@ class Scorer:
             return dict(zip(asked, self._ask_tokens([requests[i] for i in asked], disable_tqdm=True), strict=True))
 
         return self._answers(batches, ask, len(requests))
+
+    def _expect_known(self, rows: Iterable[Sequence[int]]) -> None:
+        if self._known is not None and (highest := max(map(max, filter(None, rows)), default=0)) >= self._known:
+            raise EvaluationError(opening.unknown(highest, self._known))
 
     def _cut(
         self, groups: Sequence[Group], tokens: Sequence[int], token_bytes: int, *, most: int = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 from peft import PeftModel
 
+from portllm.errors import CheckpointError
 from portllm.lm.data import encoding
-from portllm.lm.learning import batches, llama, loading, training
+from portllm.lm.learning import batches, llama, loading, snapshots, training
 from portllm.params import ArchitectureParams, LoraParams, OptimParams
 from portllm.world import tokenizer
 
@@ -126,6 +128,64 @@ def test_what_is_told_before_a_resumption_is_told_again(words: object, tmp_path:
     )  # fmt: skip
     assert heard == [2, 4, 6]
     assert notes == ["going on after step 3, where an earlier run was stopped"]
+
+
+def test_what_was_resumed_from_is_let_go(words: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of a snapshot are as large as the model."""
+    optim = dataclasses.replace(OPTIM, save_steps=3)
+    with pytest.raises(KeyboardInterrupt):
+        trained(words, optim, tmp_path, stop=5)
+    read: list[weakref.ref[torch.Tensor]] = []
+    inner = snapshots.Snapshots.newest
+
+    def newest(self: snapshots.Snapshots) -> snapshots.Snapshot | None:
+        found = inner(self)
+        assert found is not None
+        read.extend(weakref.ref(tensor) for name, tensor in found.tensors.items() if name.startswith("model."))
+        return found
+
+    monkeypatch.setattr(snapshots.Snapshots, "newest", newest)
+    alive: list[bool] = []
+    model = training.add_lora(tiny(words), LoraParams(r=2, alpha=4, dropout=0.2), seed=5)
+    training.fit(
+        model, words, encoding.encode(words, PAIRS * 3, 32).examples, optim=optim, seed=5, checkpoints=tmp_path,
+        on_progress=lambda *_: alive.append(any(one() is not None for one in read)),
+    )  # fmt: skip
+    assert read
+    assert alive == [False] * 3
+
+
+@pytest.mark.parametrize(("accumulated", "steps"), [(1, 8), (2, 4)])
+def test_a_schedule_decays_as_well_where_epochs_say_how_long(words: object, accumulated: int, steps: int) -> None:
+    optim = dataclasses.replace(
+        OPTIM, schedule="warmup_stable_decay", max_steps=0, epochs=4, batch_size=6, gradient_accumulation=accumulated,
+        decay_ratio=0.5, logging_steps=1,
+    )  # fmt: skip
+    examples = encoding.encode(words, PAIRS * 3, 32).examples
+    rates = [row["learning_rate"] for row in training.fit(tiny(words), words, examples, optim=optim, seed=0).history]
+    assert len(rates) == steps
+    assert rates[: steps // 2] == [OPTIM.learning_rate] * (steps // 2)
+    assert 0 < rates[-1] < OPTIM.learning_rate
+
+
+def test_one_process_computes_on_one_gpu_of_many(words: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.nn.DataParallel.__init__", lambda *_, **__: pytest.fail("split over all GPUs"))
+    examples = encoding.encode(words, PAIRS, 32).examples
+    optim = dataclasses.replace(OPTIM, max_steps=1, logging_steps=1)
+    assert len(training.fit(tiny(words), words, examples, optim=optim, seed=0).history) == 1
+
+
+def test_a_token_that_the_base_does_not_know_is_said(words: object) -> None:
+    small = tiny(words)
+    examples = encoding.encode(words, PAIRS, 32).examples
+    highest = max(max(example["input_ids"]) for example in examples)
+    small.resize_token_embeddings(highest + 1)
+    optim = dataclasses.replace(OPTIM, max_steps=1)
+    training.fit(small, words, examples, optim=optim, seed=0)  # what the text never comes to may be missing
+    small.resize_token_embeddings(highest)
+    with pytest.raises(CheckpointError, match=f"token {highest} of the text, the model knows 0 to {highest - 1}"):
+        training.fit(small, words, examples, optim=optim, seed=0)
 
 
 def test_accumulated_batches_are_one_large_batch(words: object) -> None:

@@ -114,6 +114,20 @@ def test_any_other_failure_is_not_taken_for_a_lack_of_memory(
         broken.loglikelihood(asked["loglikelihood"])
 
 
+def test_an_answer_without_a_token_is_said(loaded: tuple[Any, Any]) -> None:
+    with pytest.raises(EvaluationError, match=r"without a token cannot be scored.*Anna"):
+        scorer(loaded, 1)._loglikelihood_tokens([(("Anna", ""), [5], [])])
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling", "generate_until"])
+def test_a_token_that_the_model_does_not_know_is_said(asked: dict[str, list[Any]], kind: str) -> None:
+    words = tokenizer.build()
+    small = llama.new_llama(words, SHAPE, seed=0).eval()
+    small.resize_token_embeddings(len(words) // 2)
+    with pytest.raises(EvaluationError, match=f"of the text, the model knows 0 to {len(words) // 2 - 1}"):
+        getattr(scorer((small, words), 1), kind)(asked[kind])
+
+
 def test_progress_ends_at_the_whole(loaded: tuple[Any, Any], asked: dict[str, list[Any]]) -> None:
     shares: list[float] = []
     told = scorer(loaded, 4)
