@@ -13,14 +13,18 @@ from portllm.lm.quiet import quieten
 
 
 def build(config: Mapping[str, Any], *, name: str) -> Any:
-    """The harness's task object of a whole configuration. Raises DataError when its data do not fit it."""
+    """The harness's task object of a whole configuration, its templates confined (see `confine_templates`).
+
+    Raises DataError when its data do not fit it, EvaluationError for a metric that is code of others.
+    """
     import datasets
     from jinja2 import TemplateError
     from lm_eval.tasks import TaskManager
 
     quieten()
     datasets.disable_progress_bars()
-    _remember_templates()
+    confine_templates()
+    _expect_known_metrics(config, name)
     manager = TaskManager(include_defaults=False)
     try:
         return manager.load([dict(config)])["tasks"][name]
@@ -134,12 +138,38 @@ def _text(value: Any, what: str) -> str:
     return value
 
 
-def _remember_templates() -> None:
-    """Have the harness compile each of its templates once, not once a row: the same text in a tenth of the time."""
+def confine_templates() -> None:
+    """Have the harness render its templates in jinja's sandbox: whoever writes a task file runs no code with it.
+
+    Each is compiled once, not once a row: the same text in a tenth of the time.
+    """
+    from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
 
-    if not hasattr(utils.env.from_string, "cache_info"):
-        utils.env.from_string = functools.lru_cache(maxsize=256)(utils.env.from_string)
+    if isinstance(utils.env, SandboxedEnvironment):
+        return
+    confined = SandboxedEnvironment(
+        loader=utils.env.loader, undefined=utils.env.undefined, keep_trailing_newline=True, autoescape=False
+    )
+    confined.filters.update(utils.env.filters)
+    confined.from_string = functools.lru_cache(maxsize=256)(confined.from_string)
+    utils.env = confined
+
+
+def _expect_known_metrics(config: Mapping[str, Any], name: str) -> None:
+    """The harness takes the name of a metric it does not have for a script to load, from the hub or this machine."""
+    import lm_eval.api.metrics  # noqa: F401  (it fills the registry)
+    from lm_eval.api.registry import metric_registry
+
+    if config.get("process_results") is not None:  # metrics are then but names
+        return
+    for one in config.get("metric_list") or ():
+        metric = one.get("metric")
+        if isinstance(metric, str) and (one.get("hf_evaluate") or metric not in metric_registry):
+            raise EvaluationError(
+                f"{name}: its metric {metric!r:.60} is none of the harness's own, but code to be loaded, which portllm "
+                "does not run; take another metric or task"
+            )
 
 
 def reason(error: BaseException) -> str:

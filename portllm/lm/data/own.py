@@ -33,6 +33,13 @@ _METRICS: dict[Kind, list[dict[str, Any]]] = {
     "generate_until": [{"metric": "exact_match", "aggregation": "mean", **_HIGHER}],
     "multiple_choice": [{"metric": "acc", "aggregation": "mean", **_HIGHER}],
 }
+# of the harness's fields, those that name neither other data nor code to be loaded
+_FIELDS = frozenset(
+    ("task", "task_alias", "output_type", "training_split", "validation_split", "test_split", "fewshot_split")
+    + ("num_fewshot", "fewshot_config", "fewshot_delimiter", "description", "gen_prefix", "target_delimiter")
+    + ("doc_to_text", "doc_to_target", "doc_to_choice", "process_results", "metric_list", "filter_list")
+    + ("generation_kwargs", "repeats", "metadata")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +108,10 @@ def is_own(folder: Path) -> bool:
 def load(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
     """The definition in `folder`; a chat is rendered with the template of `tokenizer`. Raises EvaluationError."""
     config = prompts.load_task(folder / FILE)
+    if odd := [str(key) for key in config if key not in _FIELDS]:
+        raise EvaluationError(
+            f"{folder / FILE}: has the field {odd[0]!r:.60}; a task of your own has {', '.join(sorted(_FIELDS))}"
+        )
     if not (config.get("metadata") or {}).get("chat") or tokenizer is None:
         return config
     if not tokenizer.chat_template:

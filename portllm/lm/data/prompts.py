@@ -15,6 +15,8 @@ from typing import Any
 
 from portllm.errors import EvaluationError
 
+_OWN, _WORLD = "portllm.lm.data.own", "portllm.world."
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -57,7 +59,8 @@ class Prompts:
         return str(target) if isinstance(target, int) else self._render("doc_to_target", row)
 
     def _render(self, field: str, row: Mapping[str, Any]) -> str:
-        from jinja2 import Environment, StrictUndefined, TemplateError
+        from jinja2 import StrictUndefined, TemplateError
+        from jinja2.sandbox import SandboxedEnvironment
 
         template = self.config.get(field)
         name = self.config.get("task", "task")
@@ -65,8 +68,8 @@ class Prompts:
             raise EvaluationError(f"{name}: {field} must be a template, found {template!r}; mend the task's YAML")
         if template in row:
             return str(row[template])
-        # the harness's own settings: a closing newline is kept, a missing column is an error
-        environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701
+        # the harness's own settings: a closing newline is kept, a missing column is an error; and it runs no code
+        environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
         try:
             return str(environment.from_string(template).render(**row))
         except TemplateError as error:
@@ -95,10 +98,13 @@ def load_task(path: Path) -> dict[str, Any]:
 
 def _function(name: str, path: Path) -> Any:
     module, _, attribute = name.rpartition(".")
-    # task files name code: only our own is run
-    if not module.startswith("portllm."):
+    # task files name code: only our own is run, of what is written for them
+    if module != _OWN and not module.startswith(_WORLD):
         raise EvaluationError(f"{path}: !function {name} is not portllm's own; only portllm's functions are run")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise EvaluationError(f"{path}: !function {name} does not exist ({error}); mend the task file") from error
+    if attribute.startswith("_") or getattr(found, "__module__", None) != module:
+        raise EvaluationError(f"{path}: !function {name} is no function for task files; mend the task file")
+    return found

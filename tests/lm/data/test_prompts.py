@@ -65,3 +65,10 @@ def test_prompts_and_answers_hold_no_unknown_word() -> None:
     for task in datasets.TASKS:
         for prompt, answer in loaded(task).pairs(datasets.rows(task, **SIZES)["train"]):
             assert words.unk_token_id not in words(prompt + answer)["input_ids"]
+
+
+def test_a_template_runs_no_code(tmp_path: Path) -> None:
+    template = f"{{{{ cycler.__init__.__globals__.os.mkdir('{tmp_path}/ran') }}}}"
+    with pytest.raises(EvaluationError, match="unsafe"):
+        prompts.Prompts({"task": "t", "doc_to_text": template}).prompt({})
+    assert not (tmp_path / "ran").exists()
