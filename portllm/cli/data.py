@@ -22,7 +22,9 @@ DECISIONS: Mapping[str, str] = {
     "empty": "{} rows have no prompt or no answer: left out",
     "files_not_used": "{} files belong to no split of the task: not read",
     "held_out": "{} rows set apart for validation and test",
+    "message_keys_not_used": "{} messages carry more than who says what (calls of tools, say): that is left out",
     "overlap": "{} training rows are asked in evaluation too: taken out of the training rows",
+    "overlap_asked": "{} test rows are asked in validation too: kept",
     "overlap_kept": "{} training rows are asked in evaluation too, and kept: the definition makes rows of its own",
     "spaces_added": "{} completions would stick to their prompt: they now begin with a space",
 }

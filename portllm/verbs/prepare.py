@@ -29,9 +29,7 @@ def run(*, dataset: str, out: Path, params: PrepareParams, text: Text = "world",
     prepare.corpora does not. Raises DataError and EvaluationError, with nothing written.
     """
     made = _make(dataset, params, text)
-    recipe = params.corpora.get(dataset.removeprefix(CORPUS))
-    read = Path(params.data) / (recipe.source if recipe else dataset)
-    with staged(out, force=force, inputs=[read] if made.origin.source == sources.LOCAL else ()) as folder:
+    with staged(out, force=force, inputs=_inputs(dataset, params)) as folder:
         made.write(folder)
         record = DatasetRecord(
             dataset=dataset,
@@ -57,6 +55,18 @@ def check(dataset: str, splits: Mapping[str, Rows], *, repeats: bool = False) ->
             if key in seen and not (repeats and seen[key] == split):
                 raise DataError(f"{dataset}: a row of {split} stands in {seen[key]} too: {dict(row)}")
             seen[key] = split
+
+
+def _inputs(dataset: str, params: PrepareParams) -> list[Path]:
+    """What lies under `params.data` and is read: OUT may not replace it."""
+    if dataset in datasets.TASKS:
+        return []
+    names = [dataset]
+    if dataset.startswith(CORPUS):
+        recipe = params.corpora.get(dataset.removeprefix(CORPUS))
+        names = real.joined(recipe.source) if recipe else []
+    data = Path(params.data)
+    return [data / name for name in names if sources.here(data, name)]
 
 
 def _make(dataset: str, params: PrepareParams, text: Text) -> preparing.Prepared:

@@ -82,6 +82,7 @@ MRPC: dict[str, tuple[bytes, str]] = {
     "a bare number": (b"7\n", "line 1 is a JSON int"),
     "key twice": (b'{"sentence1": "a", "sentence1": "b"}\n', "line 1 has the key 'sentence1' twice"),
     "not a number": (lines(GOOD).replace(b'"label": 1', b'"label": NaN', 1), "line 2 holds NaN"),
+    "thousands of digits": (b'{"idx": ' + b"9" * 5000 + b"}\n", "line 1 is not valid JSON"),
     "too deep": (b"[" * 100_000, "is not valid JSON"),
     "a number beyond": (lines(changed(1, idx=2**70)), "column idx"),
     "all asked": (lines(ASKED), "every one of 4 training rows is asked in evaluation too"),
@@ -139,6 +140,16 @@ FILES: dict[str, tuple[str, dict[str, bytes], str]] = {
         "own",
         {"own.jsonl": lines([{"messages": [{"role": "user", "content": 5}]}])},
         "message 0 says 5, expected text",
+    ),
+    "a chat of words": (
+        "own",
+        {"own.jsonl": lines([{"messages": ["hi", "there"]}])},
+        "message 0 is 'hi', expected role",
+    ),
+    "a role of several": (
+        "own",
+        {"own.jsonl": lines([{"messages": [{"role": ["user"], "content": "hello"}]}])},
+        "message 0 is by ['user']",
     ),
     "no chat": ("own", {"own.jsonl": lines([{"messages": "hello"}])}, "expected a list of messages"),
     "winogrande's answer": (
@@ -227,3 +238,70 @@ def test_out_may_not_be_the_data_it_is_made_from(tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "overlaps the input" in done.stderr
     assert (data / "own" / "train.jsonl").read_bytes() == lines(OWN)
+
+
+@pytest.mark.parametrize("label", ["--1", "9" * 30, "9" * 5000, "\u0661", "1e0"])
+def test_a_label_in_csv_that_is_no_small_number_is_refused(tmp_path: Path, label: str) -> None:
+    rows = f"sentence1,sentence2,label\na,b,{label}\n".encode()
+    data = lay(tmp_path, {"mrpc/train.csv": rows, "mrpc/validation.jsonl": lines(ASKED)})
+    refused(tmp_path, prepare("mrpc", data), "train: row 0: label is '")
+
+
+def test_what_parquet_cannot_hold_is_refused(tmp_path: Path) -> None:
+    rows = [{**row, "more": {}} for row in GOOD]
+    data = lay(tmp_path, {"mrpc/train.jsonl": lines(rows), "mrpc/validation.jsonl": lines(ASKED)})
+    refused(tmp_path, prepare("mrpc", data), "train: parquet cannot hold it")
+
+
+@pytest.mark.parametrize("messages", [["hi", "there"], [{"role": ["user"], "content": "hello"}]])
+def test_a_corpus_of_no_chats_is_refused(tmp_path: Path, messages: list[Any]) -> None:
+    data = lay(tmp_path, {"talks/train.jsonl": lines([{"messages": messages}])})
+    words = ["--no-track", "prepare", "corpus_v1", "--data", str(data), "--out", str(tmp_path / "out"), "--params"]
+    recipe = data / "params.yaml"
+    recipe.write_text("prepare: {corpora: {v1: {source: talks, test_rows: 0}}}\n", encoding="utf-8")
+    refused(tmp_path, CliRunner().invoke(main, [*words, str(recipe)]), "talks: train: row 0: message 0 is ")
+
+
+def test_chats_without_a_question_and_what_else_messages_carry_are_counted(tmp_path: Path) -> None:
+    def chat(question: str, **more: Any) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "Yes.", **more}]}
+
+    rows = [*(chat(f"Is it {n}?") for n in range(6)), chat(" "), chat("Is it so?", tool_calls=[{"id": "a"}])]
+    done = prepare("talks", lay(tmp_path, {"talks.jsonl": lines(rows)}))
+    assert done.exit_code == 0, done.output
+    record = DatasetRecord.read(tmp_path / "out")
+    assert record.decisions == {"empty": 1, "held_out": 2, "message_keys_not_used": 1}
+    assert sum(record.rows.values()) == 7
+    assert "1 messages carry more than who says what" in done.stderr
+
+
+def test_what_validation_and_test_both_ask_is_counted_and_kept(tmp_path: Path) -> None:
+    asked = {**OWN[3], "prompt": "3  PLUS one is"}
+    files = {"own/train.jsonl": OWN[4:], "own/validation.jsonl": [OWN[0], OWN[3]], "own/test.jsonl": [asked, OWN[1]]}
+    done = prepare("own", lay(tmp_path, {name: lines(rows) for name, rows in files.items()}))
+    assert done.exit_code == 0, done.output
+    record = DatasetRecord.read(tmp_path / "out")
+    assert record.decisions["overlap_asked"] == 1
+    assert record.rows == {"train": 16, "validation": 2, "test": 2}
+    assert "1 test rows are asked in validation too: kept" in done.stderr
+
+
+@pytest.mark.parametrize("source", ["x", "x+y", "y+x"])
+def test_out_may_be_no_part_of_a_corpus(tmp_path: Path, source: str) -> None:
+    files = {f"{name}/train.jsonl": lines([{"text": f"{name} {n}"} for n in range(4)]) for name in "xy"}
+    data, recipe = lay(tmp_path, files), tmp_path / "params.yaml"
+    recipe.write_text(f"prepare: {{corpora: {{v1: {{source: {source}, test_rows: 0}}}}}}\n", encoding="utf-8")
+    words = ["prepare", "corpus_v1", "--data", str(data), "--out", str(data / "x"), "--force", "--params", str(recipe)]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 1, done.output
+    assert "overlaps the input" in done.stderr
+    assert (data / "x" / "train.jsonl").read_bytes() == files["x/train.jsonl"]
+
+
+def test_a_task_named_like_a_release_is_kept_from_its_own_folder(tmp_path: Path) -> None:
+    data, recipe = lay(tmp_path, {"v1/train.jsonl": lines(OWN), "tales.txt": b"a tale"}), tmp_path / "params.yaml"
+    recipe.write_text("prepare: {corpora: {v1: {source: tales}}}\n", encoding="utf-8")
+    words = ["prepare", "v1", "--data", str(data), "--out", str(data / "v1"), "--force", "--params", str(recipe)]
+    done = CliRunner().invoke(main, words)
+    assert "overlaps the input" in done.stderr
+    assert (data / "v1" / "train.jsonl").read_bytes() == lines(OWN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from portllm.errors import DataError
 if TYPE_CHECKING:
     from pyarrow import Table
 
+_WHOLE = re.compile(r"-?\d{1,9}", re.ASCII)
 SEVEN = ("boolq", "sst2", "mrpc", "rte", "wnli", "winogrande", "gsm8k")
 
 
@@ -107,7 +109,7 @@ def _numbers(table: Table, column: str) -> Table:
     import pyarrow as pa
 
     values = table.column(column).to_pylist()
-    if not all(isinstance(value, str) and value.strip().lstrip("-").isdecimal() for value in values):
+    if not all(isinstance(value, str) and _WHOLE.fullmatch(value.strip()) for value in values):
         return table
     place = table.column_names.index(column)
     return _plain(table).set_column(place, column, pa.array([int(value) for value in values], pa.int64()))

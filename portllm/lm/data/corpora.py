@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portllm.errors import DataError
-from portllm.lm.data import columns, own_rows, sources, splitting, tables
+from portllm.lm.data import columns, own, own_rows, sources, splitting, tables
 from portllm.lm.data.preparing import TEST, TRAIN, Prepared
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def corpus(release: str, recipe: CorpusParams, data: Path, seed: int) -> Prepare
     The source is a folder or file under `data`, a known name, or a dataset of the hub, or several joined by `+`, of
     which the training splits are read. Raises DataError.
     """
-    loaded, decisions, texts = _read(recipe, data)
+    loaded, decisions, texts = _read(recipe, data, seed)
     mark = f"{seed}:corpus_{release}"
     test = texts.get(TEST, [])
     if TEST in texts:
@@ -60,11 +60,20 @@ def corpus(release: str, recipe: CorpusParams, data: Path, seed: int) -> Prepare
     chosen = [train[kept[i]] for i in splitting.sample(len(kept), recipe.rows, f"{mark}:train")]
     if not chosen:
         raise DataError(f"{recipe.source}: no text is left to train {release} on; give more, or hold fewer rows out")
-    decisions["beyond_limit"] = len(kept) - len(chosen)
+    decisions["beyond_limit"] += len(kept) - len(chosen)
     decisions["duplicates"] = splitting.repeats(chosen)
     splits = {TRAIN: _column(chosen), **({TEST: _column(test)} if test else {})}
     counted = {name: count for name, count in sorted(decisions.items()) if count}
     return Prepared(splits=splits, origin=loaded, decisions=counted)
+
+
+def joined(source: str) -> list[str]:
+    """The sources that `source` joins. Raises DataError where one has no name or stands there twice."""
+    names = source.split(JOINED)
+    if odd := [name for name in names if not name or names.count(name) > 1]:
+        what = f"{odd[0]} stands there twice" if odd[0] else "one of them has no name"
+        raise DataError(f"{source}: expected sources joined by {JOINED}, each once, found that {what}")
+    return names
 
 
 def documents(table: Table, where: str, decisions: Counter[str]) -> list[str]:
@@ -73,46 +82,66 @@ def documents(table: Table, where: str, decisions: Counter[str]) -> list[str]:
     Raises DataError where the columns are of no known form, or a value is no text.
     """
     render = _form(table, where)
-    texts = [render(row, f"{where}: row {number}") for number, row in enumerate(table.to_pylist())]
+    rows = table.to_pylist()
+    texts = [render(row, f"{where}: row {number}") for number, row in enumerate(rows)]
     kept = [text for text in texts if text.strip()]
     decisions["empty"] += len(texts) - len(kept)
+    decisions["message_keys_not_used"] += own_rows.unused_keys(row.get(_chat(table)) for row in rows)
     if not kept:
         raise DataError(f"{where}: none of {len(texts)} rows has any text")
     return kept
 
 
-def _read(recipe: CorpusParams, data: Path) -> tuple[sources.Loaded, Counter[str], dict[str, list[str]]]:
+def _read(recipe: CorpusParams, data: Path, seed: int) -> tuple[sources.Loaded, Counter[str], dict[str, list[str]]]:
     """Where the texts come from, what was decided about them, and the texts of each split."""
-    names = recipe.source.split(JOINED)
+    names = joined(recipe.source)
     # of several, each would hold out as it likes: what is held out is chosen from the training splits of all
-    wanted = None if len(names) == 1 else (TRAIN,)
-    parts = {name: _load(dataclasses.replace(recipe, source=name), data, wanted) for name in names}
+    wanted = (TRAIN, TEST) if len(names) == 1 else (TRAIN,)
+    revisions = _revisions(recipe, names)
+    each = {
+        name: _load(dataclasses.replace(recipe, source=name, revision=revisions[name]), data, wanted, seed)
+        for name in names
+    }
     decisions: Counter[str] = Counter()
     texts: dict[str, list[str]] = {}
-    for name, part in parts.items():
+    for name, part in each.items():
         decisions.update(part.decisions)
         for split in part.splits:
             texts.setdefault(split, []).extend(documents(part.splits[split], f"{name}: {split}", decisions))
-    if len(parts) == 1:
-        return next(iter(parts.values())), decisions, texts
-    revisions = JOINED.join(part.revision or "" for part in parts.values())
+    if len(each) == 1:
+        return each[recipe.source], decisions, texts
+    found = JOINED.join(part.revision or "" for part in each.values())
     origin = sources.Loaded(
         splits={},
-        source=sources.LOCAL if {part.source for part in parts.values()} == {sources.LOCAL} else recipe.source,
-        revision=revisions if revisions.strip(JOINED) else None,
-        files={path: digest for part in parts.values() for path, digest in part.files.items()},
+        source=sources.LOCAL if {part.source for part in each.values()} == {sources.LOCAL} else recipe.source,
+        revision=found if found.strip(JOINED) else None,
+        files={path: digest for part in each.values() for path, digest in part.files.items()},
     )
     return origin, decisions, texts
 
 
-def _load(recipe: CorpusParams, data: Path, wanted: Sequence[str] | None) -> sources.Loaded:
+def _revisions(recipe: CorpusParams, names: Sequence[str]) -> dict[str, str | None]:
+    """The revision of each source, in the form that dataset.json tells it: joined as they are, '' for none."""
+    if len(names) == 1 or recipe.revision is None:
+        return dict.fromkeys(names, recipe.revision)
+    given = recipe.revision.split(JOINED)
+    if len(given) != len(names):
+        raise DataError(
+            f"{recipe.source}: joins {len(names)} sources, revision {recipe.revision} is of {len(given)}; give one for "
+            f"each, joined by {JOINED}, nothing for files or what is newest"
+        )
+    return {name: revision or None for name, revision in zip(names, given, strict=True)}
+
+
+def _load(recipe: CorpusParams, data: Path, wanted: Sequence[str], seed: int) -> sources.Loaded:
     if sources.here(data, recipe.source):
-        loaded = sources.local(data, recipe.source, wanted)
-        if TRAIN in loaded.splits:
-            return loaded
-        if len(loaded.splits) == 1:
-            return sources.Loaded(**{**vars(loaded), "splits": {TRAIN: next(iter(loaded.splits.values()))}})
-        raise DataError(f"{data / recipe.source}: expected train and perhaps test, found {', '.join(loaded.splits)}")
+        found = sources.splits(data, recipe.source)
+        if TRAIN in found:
+            return sources.local(data, recipe.source, wanted)
+        if len(found) == 1:
+            loaded = sources.local(data, recipe.source)
+            return dataclasses.replace(loaded, splits={TRAIN: loaded.splits[found[0]]})
+        raise DataError(f"{data / recipe.source}: expected train and perhaps test, found {', '.join(found)}")
     repo = KNOWN.get(recipe.source, recipe.source)
     if "/" not in repo:
         raise DataError(
@@ -120,7 +149,9 @@ def _load(recipe: CorpusParams, data: Path, wanted: Sequence[str] | None) -> sou
             "(OWNER/NAME); put its files there, or mend prepare.corpora"
         )
     rows = recipe.rows + recipe.test_rows if recipe.rows else 0
-    return sources.hub(repo, None, [TRAIN], recipe.revision, choose=lambda count: splitting.sample(count, rows, repo))
+    return sources.hub(
+        repo, None, [TRAIN], recipe.revision, choose=lambda count: splitting.sample(count, rows, f"{seed}:{repo}")
+    )
 
 
 def _apart(texts: Sequence[str], recipe: CorpusParams, mark: str) -> tuple[list[str], list[str]]:
@@ -144,11 +175,8 @@ def _form(table: Table, where: str) -> Callable[[Mapping[str, Any], str], str]:
         return lambda row, at: _parts(
             [("system", row.get("system_prompt")), ("user", row["question"]), ("assistant", row["response"])], at
         )
-    for column in ("messages", "conversations"):
-        if column in names:
-            return lambda row, at, column=column: _parts(  # type: ignore[misc]
-                [(one["role"], one["content"]) for one in own_rows.messages(row[column], at)], at
-            )
+    if column := _chat(table):
+        return lambda row, at: _parts([(one["role"], one["content"]) for one in own_rows.messages(row[column], at)], at)
     if tables.TEXT in names:
         return lambda row, at: _checked(row[tables.TEXT], at) or ""
     # the task with most of its text here: sst2's only column is one of winogrande's
@@ -158,6 +186,14 @@ def _form(table: Table, where: str) -> Callable[[Mapping[str, Any], str], str]:
         f"{where}: expected the columns text; instruction and output; question and response; messages; or a task's; "
         f"found {', '.join(table.column_names)}"
     )
+
+
+def _chat(table: Table) -> str:
+    """The column of chats; "" where the rows are of another form."""
+    names = set(table.column_names)
+    if {"instruction", "output"} <= names or {"question", "response"} <= names:
+        return ""
+    return next((column for column in (own.MESSAGES, own_rows.CONVERSATIONS) if column in names), "")
 
 
 def _instruction(row: Mapping[str, Any], where: str) -> str:

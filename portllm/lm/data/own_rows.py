@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 CONVERSATIONS = "conversations"  # ShareGPT's form of messages: from and value
 MOST_CHOICES = 100
+_TOLD = frozenset(("role", "content", "from", "value"))
 _SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant", **{role: role for role in ROLES}}
 
 
@@ -40,7 +41,8 @@ def fit(table: Table, where: str) -> Rows:
     """The rows of `table`: prompt and completion, or messages. Raises DataError naming the row that is neither.
 
     A row without a prompt or an answer is left out (`empty`); a completion that would stick to its prompt begins with a
-    space (`spaces_added`); other columns are left out (`columns_not_used`).
+    space (`spaces_added`); other columns, and what else a message carries, are left out (`columns_not_used`,
+    `message_keys_not_used`).
     """
     names = table.column_names
     if MESSAGES in names or CONVERSATIONS in names:
@@ -100,13 +102,24 @@ def messages(value: Any, where: str) -> list[dict[str, str]]:
         raise DataError(f"{where}: expected a list of messages, found {value!r:.60}")
     told = []
     for number, one in enumerate(value):
-        speaker, content = (one.get("role", one.get("from")), one.get("content", one.get("value"))) if one else (0, 0)
-        if speaker not in _SPEAKERS:
+        if not isinstance(one, dict):
+            raise DataError(f"{where}: message {number} is {one!r:.60}, expected role and content")
+        speaker, content = one.get("role", one.get("from")), one.get("content", one.get("value"))
+        if not isinstance(speaker, str) or speaker not in _SPEAKERS:
             raise DataError(f"{where}: message {number} is by {speaker!r:.60}, expected {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise DataError(f"{where}: message {number} says {content!r:.60}, expected text")
         told.append({"role": _SPEAKERS[speaker], "content": content})
     return told
+
+
+def unused_keys(chats: Iterable[Any]) -> int:
+    """How many messages of `chats` carry more than who says what: calls of tools, say, or weights."""
+    return sum(
+        any(value not in (None, "", [], {}) for key, value in one.items() if key not in _TOLD)
+        for chat in chats
+        for one in chat or ()
+    )
 
 
 def _chats(values: Sequence[Any], column: str, where: str) -> Rows:
@@ -118,10 +131,11 @@ def _chats(values: Sequence[Any], column: str, where: str) -> Rows:
             raise DataError(
                 f"{where}: row {number}: {column} are by {roles}; expected a question, and the assistant last"
             )
-        if told[-1]["content"].strip():
+        if told[-1]["content"].strip() and told[-2]["content"].strip():
             rows.append({MESSAGES: told})
             questions.append("\n".join(f"{one['role']}: {one['content']}" for one in told[:-1]))
-    return Rows(rows, questions, _counted(empty=len(values) - len(rows)))
+    decisions = _counted(empty=len(values) - len(rows), message_keys_not_used=unused_keys(values))
+    return Rows(rows, questions, decisions)
 
 
 def _pairs(given: Sequence[Mapping[str, str]]) -> Rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,12 +98,24 @@ def _harness(
     decisions = Counter(loaded.decisions)
     decisions["duplicates"] = splitting.repeats([(one.question, one.pair) for one in rows])
     kept = splitting.without(keys, held)
-    if len(rows) != splits[trained].num_rows:
+    if not _same_rows(config, splits[trained], kept, held, len(keys)):
         # the definition makes rows of its own: which of the file's they come from is not known
         decisions["overlap_kept"] = len(keys) - len(kept)
         kept = list(range(splits[trained].num_rows))
     splits[trained], told = _train(splits[trained], kept, name, params)
     return Prepared(splits=splits, origin=loaded, decisions=_positive([decisions, told]))
+
+
+def _same_rows(config: Mapping[str, Any], table: Table, kept: Sequence[int], held: Collection[str], asked: int) -> bool:
+    """Whether the `asked` rows of a definition are those of `table` in their order, so that `kept` names the right."""
+    if asked != table.num_rows:
+        return False
+    if not config.get("process_docs") or not 0 < len(kept) < asked:
+        return True
+    # it may have changed their order: ask once more what is left, in which nothing held may be
+    name, split = str(config["task"]), str(config["training_split"])
+    left = [splitting.key(one.question) for one in tasks.asked(config, table.take(list(kept)), name=name, split=split)]
+    return len(left) == len(kept) and not set(held).intersection(left)
 
 
 def _own(name: str, loaded: Loaded, params: PrepareParams) -> Prepared:
@@ -128,6 +140,8 @@ def _own(name: str, loaded: Loaded, params: PrepareParams) -> Prepared:
     else:
         held = {one for split, asked in keys.items() if split != TRAIN for one in asked}
         made[TRAIN], told = _train(made[TRAIN], splitting.without(keys[TRAIN], held), name, params)
+        both = set(keys.get(VALIDATION, ())) & set(keys.get(TEST, ()))
+        told = {**told, "overlap_asked": sum(one in both for one in keys.get(TEST, ()))}
     choices: list[str] = []
     if params.output_type == "multiple_choice":
         made, choices = own_rows.with_labels(made, name)

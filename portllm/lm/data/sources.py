@@ -59,7 +59,7 @@ def local(data: Path, name: str, splits: Sequence[str] | None = None) -> Loaded:
     return Loaded(
         splits={split: read.table for split, (_, read) in reads.items()},
         source=LOCAL,
-        files={f"{path.parent.name}/{path.name}": read.digest for path, read in reads.values()},
+        files={_told(path, data): read.digest for path, read in reads.values()},
         decisions={k: v for k, v in (("files_not_used", unused), ("byte_order_marks", marks)) if v},
     )
 
@@ -75,13 +75,13 @@ def hub(
 ) -> Loaded:
     """Splits of a dataset of the hub at one commit: `revision`, or what it stands for now.
 
-    `choose` names the rows to keep out of so many; the others never come into memory. Raises DataError.
+    `choose` names the rows to keep out of so many; the others, counted, never come into memory. Raises DataError.
     """
     import datasets
 
     quieten()
     commit = resolve(repo, revision)
-    found = {}
+    found, beyond = {}, 0
     for split in splits:
         with _reasons(f"{repo}@{commit[:8]}: split {split}"):
             rows = datasets.load_dataset(repo, config, split=split, revision=commit, **settings)
@@ -89,7 +89,8 @@ def hub(
         with _reasons(f"{repo}@{commit[:8]}: split {split}"):
             kept = rows if choose is None else rows.select(choose(len(rows)))
             found[split] = kept.with_format("arrow")[:]
-    return Loaded(splits=found, source=repo, revision=commit)
+            beyond += len(rows) - len(kept)
+    return Loaded(splits=found, source=repo, revision=commit, decisions={"beyond_limit": beyond} if beyond else {})
 
 
 def _check_commit(rows: Any, repo: str, commit: str) -> None:
@@ -140,6 +141,17 @@ def _reason(error: Exception) -> str:
     if refusals.of_the_network(error) or any(isinstance(link, ConnectionError) for link in links):
         return f"the hub cannot be reached ({said}); check the network, or {FILES}"
     return f"cannot be had ({said}); check its name and splits, or {FILES}"
+
+
+def splits(data: Path, name: str) -> list[str]:
+    """The splits that DATA has files of under that name. Raises DataError for none."""
+    return list(_files(data, name))
+
+
+def _told(path: Path, data: Path) -> str:
+    """A file's name in a record: its path under DATA, or outside of it (`name` may be a path) its folder and name."""
+    # data and name are never resolved: a record does not say how a machine's folders are linked
+    return path.relative_to(data).as_posix() if path.is_relative_to(data) else f"{path.parent.name}/{path.name}"
 
 
 def _files(data: Path, name: str) -> dict[str, list[Path]]:

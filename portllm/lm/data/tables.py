@@ -51,10 +51,15 @@ def read(path: Path) -> Read:
 
 
 def write(path: Path, table: Table) -> None:
-    """`table` as parquet; the same table gives the same bytes."""
+    """`table` as parquet; the same table gives the same bytes. Raises DataError for what parquet cannot hold."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(table, path, compression="zstd")
+    try:
+        pq.write_table(table, path, compression="zstd")
+    except pa.ArrowException as error:
+        # objects without a key, say
+        raise DataError(f"{path.stem}: parquet cannot hold it ({_line(error)}); leave the column out") from error
 
 
 def of_rows(rows: Sequence[Mapping[str, Any]], *, where: str) -> Table:
@@ -166,7 +171,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
 
     try:
         row = json.loads(line, object_pairs_hook=distinct, parse_constant=never)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
         raise DataError(f"{where} is not valid JSON ({_line(error)}); a row is one object on one line") from error
     if not isinstance(row, dict):
         raise DataError(f"{where} is a JSON {type(row).__name__}; expected an object with a key per column")

@@ -117,6 +117,10 @@ def test_a_file_of_its_own_is_the_test(tales: Path) -> None:
     assert texts(prepared)["test"] == ["Another tale.", "Tale 3. It ends."]
     assert prepared.decisions == {"overlap": 1}
     assert len(prepared.origin.files) == 2
+    (tales / "tales" / "validation.txt").write_text("A third.", encoding="utf-8")
+    prepared = made(tales)
+    assert prepared.decisions == {"files_not_used": 1, "overlap": 1}
+    assert sorted(prepared.origin.files) == ["tales/test.txt", "tales/train.txt"], "no digest of what is not read"
 
 
 def test_several_sources_are_read_one_after_the_other(tales: Path) -> None:
@@ -162,3 +166,59 @@ def test_known_names_are_datasets_of_the_hub(monkeypatch: pytest.MonkeyPatch, tm
     assert asked == [(corpora.KNOWN[name], None, ["train"], "main", 14)], "no more rows than are needed"
     assert prepared.origin.revision == "c" * 40
     assert {split: table.num_rows for split, table in prepared.splits.items()} == {"train": 10, "test": 4}
+
+
+def test_what_else_messages_carry_is_counted() -> None:
+    told = [{"from": "human", "value": "Who?", "weight": 0.0}, {"from": "gpt", "value": "She."}]
+    decisions: Counter[str] = Counter()
+    corpora.documents(tables.of_rows([{"conversations": told}], where="here"), "here", decisions)
+    assert +decisions == {"message_keys_not_used": 1}
+
+
+def test_rows_of_the_hub_are_chosen_by_the_seed_and_the_others_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import datasets
+
+    told = datasets.Dataset.from_dict({"text": [f"tale {n}" for n in range(100)]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: told)
+    recipe = {"source": "OpenOrca", "rows": 10, "revision": "c" * 40}
+    first, again, other = (made(tmp_path, seed=seed, **recipe) for seed in (0, 0, 1))
+    chosen = [{text for split in texts(one).values() for text in split} for one in (first, again, other)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert first.decisions == {"beyond_limit": 86}
+
+
+def test_each_of_several_sources_has_its_revision(monkeypatch: pytest.MonkeyPatch, tales: Path) -> None:
+    asked: list[Any] = []
+
+    def hub(repo: str, _: None, __: list[str], revision: str | None, **___: Any) -> sources.Loaded:
+        asked.append((repo, revision))
+        told = tables.of_rows([{"text": f"{repo} {n}"} for n in range(9)], where="hub")
+        return sources.Loaded(splits={"train": told}, source=repo, revision=revision or "d" * 40)
+
+    monkeypatch.setattr(sources, "hub", hub)
+    prepared = made(tales, source="a/b+tales+c/d", revision="main++")
+    assert asked == [("a/b", "main"), ("c/d", None)]
+    assert prepared.origin.revision == f"main++{'d' * 40}"
+    with pytest.raises(DataError, match="joins 2 sources, revision main is of 1"):
+        made(tales, source="a/b+tales", revision="main")
+
+
+@pytest.mark.parametrize(
+    ("source", "says"), [("tales+", "one of them has no name"), ("tales+tales", "tales stands there")]
+)
+def test_a_source_without_a_name_or_named_twice_is_refused(tales: Path, source: str, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        made(tales, source=source)
+
+
+@pytest.mark.parametrize("data", [".", "given"])
+def test_files_are_told_by_their_paths_under_data(tales: Path, monkeypatch: pytest.MonkeyPatch, data: str) -> None:
+    for name in ("a", "b"):
+        (tales / "given" / name / "x").mkdir(parents=True)
+        (tales / "given" / name / "x" / "train.txt").write_text(f"A tale of {name}.", encoding="utf-8")
+    (tales / "given" / "alone.txt").write_text("A tale.", encoding="utf-8")
+    monkeypatch.chdir(tales / "given" if data == "." else tales)
+    prepared = made(Path(data), source="a/x+b/x+alone", test_rows=0)
+    assert sorted(prepared.origin.files) == ["a/x/train.txt", "alone.txt", "b/x/train.txt"]

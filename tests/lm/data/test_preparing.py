@@ -67,3 +67,10 @@ def test_a_sample_is_some_of_the_rows_in_order(count: int, wanted: int, seed: st
     assert chosen == sorted(set(chosen))
     assert set(chosen) <= set(range(count))
     assert len(chosen) == (min(count, wanted) if wanted else count)
+
+
+@pytest.mark.slow
+def test_where_rows_come_in_another_order_the_overlap_is_counted_and_kept() -> None:
+    made = prepared(process_docs=lambda rows: rows.select(list(reversed(range(len(rows))))))
+    assert made.decisions == {"overlap_kept": 1}
+    assert made.splits["train"].to_pylist() == ROWS
