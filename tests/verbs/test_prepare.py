@@ -280,3 +280,24 @@ def test_without_the_hub_the_line_says_how_else(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DataError, match="out of reach.*--data DIR"):
         made(tmp_path, "sst2")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_stages_hear_of_all_that_makes_a_corpus() -> None:
+    import ast
+
+    import yaml
+
+    root = Path(__file__).parents[2]
+    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    base, later = stages["prepare-base"], stages["prepare-corpus"]["do"]
+    assert "evolve.releases.${key}" in later["params"], "whether it has text of its own stands there"
+    tree = ast.parse((root / "portllm/lm/data/corpora.py").read_text(encoding="utf-8"))
+    read = {
+        f"portllm/lm/data/{name.name}.py"
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module == "portllm.lm.data"
+        for name in node.names
+    }
+    assert len(read) > 3
+    assert read <= set(base["deps"])
+    assert read <= set(later["deps"])
