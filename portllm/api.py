@@ -129,11 +129,11 @@ def evaluate(
     tasks: Sequence[str],
     out: Name,
     patches: Sequence[Name] = (),
-    data: Name = "data",
+    data: Name | None = None,
     params: EvaluateParams | None = None,
     cache: bool = True,
 ) -> Evaluation:
-    """Score `model` and `patches` over it on `tasks` and write `out` (JSON).
+    """Score `model` and `patches` over it on `tasks`, whose files `data` holds (data/ by default); write `out` (JSON).
 
     What was scored before on the same content is taken from the user's cache, unless `cache` is False. Raises
     PortllmError.
@@ -145,7 +145,7 @@ def evaluate(
         tasks=tasks,
         out=Path(out),
         patches=[resolve(p) for p in patches],
-        data=Path(data),
+        data=None if data is None else Path(data),
         params=params or EvaluateParams(),
         cache=cache,
     )

@@ -23,7 +23,7 @@ from portllm.cli.running import Common, answer, stage
     "--before", multiple=True, type=DIRECTORY, help="Models of an earlier release, asked what no patch is for."
 )
 @click.option(
-    "--data", type=DIRECTORY, default=Path("data"), show_default=True, help="Directory of DATA/<task>/<split>.parquet."
+    "--data", type=DIRECTORY, help="Directory of DATA/<task>/<split>.parquet [default: data, where there is one]."
 )
 @click.option("--out", type=DIRECTORY, required=True, help="JSON file to write.")
 @click.option("--news", type=DIRECTORY, help="A release's corpus: are its facts known, is its text expected?")
@@ -39,7 +39,7 @@ def evaluate(
     news: Path | None,
     patches: tuple[Path, ...],
     before: tuple[Path, ...],
-    data: Path,
+    data: Path | None,
     out: Path,
     samples: Path | None,
     cache: bool,
@@ -65,6 +65,7 @@ def evaluate(
             model=running.find(model), tasks=tasks or whole.tasks, patches=patches, before=before, data=data, news=news,
             out=out, samples=samples, params=section, trust_remote_code=trust_remote_code, cache=cache,
             on_progress=lambda done, total, what: running.progress(done, total, what, unit="documents"),
+            on_note=running.note,
         )  # fmt: skip
         running.cost.update(release=out.stem, known=result.known)
         if cache:

@@ -90,12 +90,13 @@ def run(
     params: EvaluateParams,
     patches: Sequence[Path] = (),
     before: Sequence[Path] = (),
-    data: Path = Path("data"),
+    data: Path | None = None,
     news: Path | None = None,
     samples: Path | None = None,
     trust_remote_code: bool = False,
     cache: bool = True,
     on_progress: Progress | None = None,
+    on_note: Callable[[str], object] = lambda _: None,
 ) -> Evaluation:
     """Score `model`, and every patch over it, on `tasks`; write OUT (JSON) and each example's answer (parquet).
 
@@ -109,6 +110,8 @@ def run(
     known = {c.path.resolve() for c in asked}
     old = [_candidate(p, mark) for p in _expand(before) if p.resolve() not in known]
     questions = Questions(tasks, data=data, news=news)
+    for name in questions.of_the_hub():
+        on_note(f"{name}: asked from the hub, not pinned; `portllm prepare {name}` pins it")
     plan = _plan(questions.names, [*asked, *(dataclasses.replace(c, arm="old") for c in old)])
     scoring = Scoring(model, questions, params, trust_remote_code=trust_remote_code, on_progress=on_progress)
     scored, found = _scored(plan, scoring, cache=cache)

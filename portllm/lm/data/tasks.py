@@ -29,11 +29,12 @@ BUILDERS = {".parquet": "parquet", ".jsonl": "json"}
 def spec(name: str, data: Path | None, tokenizer: PreTrainedTokenizerBase | None = None) -> Spec:
     """What the harness is given to evaluate `name`: a definition on the files of DATA/<name>, or its bare name.
 
-    The bare name, where there is no such folder, has the harness ask the hub. A chat task needs the `tokenizer`, for
-    its template. Raises EvaluationError and DataError.
+    The bare name, where DATA has no such folder, has the harness ask the hub, at whatever commit is newest. A chat task
+    needs the `tokenizer`, for its template. Raises EvaluationError, and DataError also where there is no DATA.
     """
     if name in datasets.TASKS:
         return on_files(_world(name), _world_files(name, data), name=name)
+    expect_folder(data)
     folder = None if data is None else data / name
     if folder is None or not folder.is_dir():
         return name
@@ -47,6 +48,14 @@ def spec(name: str, data: Path | None, tokenizer: PreTrainedTokenizerBase | None
         )
     config = {**_with_splits(config, named, files), **columns.mending(name, files[asked])}
     return on_files(config, files, name=name)
+
+
+def expect_folder(data: Path | None) -> None:
+    """Raise DataError where a folder of data is named that is not there: nobody asks the hub by a slip of the pen."""
+    if data is not None and not data.is_dir():
+        raise DataError(
+            f"{data}: no such folder; expected DATA/<task>/<split>.parquet, see --data and `portllm prepare`"
+        )
 
 
 def training_pairs(name: str, data: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Pair]:

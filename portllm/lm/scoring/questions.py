@@ -17,15 +17,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORD = "dataset.json"
+HERE = Path("data")
 # a release's corpus, asked: does the model know its facts, and is it surprised by its text?
 NEWS = (("recall", "recall"), ("perplexity", "test"))
 
 
 class Questions:
-    """`names`: the tasks on DATA/<name>, then what a release's corpus is asked. Raises EvaluationError for none."""
+    """`names`: the tasks on DATA/<name>, then what a release's corpus is asked.
 
-    def __init__(self, names: Sequence[str], *, data: Path, news: Path | None) -> None:
-        self._data = data
+    DATA is ./data unless it is named; then it must be there. Raises EvaluationError for no task, DataError for no DATA.
+    """
+
+    def __init__(self, names: Sequence[str], *, data: Path | None, news: Path | None) -> None:
+        tasks.expect_folder(data if names else None)
+        self._data = HERE if data is None else data
         self._news = dict(_news(news)) if news is not None else {}
         self.names = list(dict.fromkeys([*names, *self._news]))
         if not self.names:
@@ -41,6 +46,11 @@ class Questions:
             return None
         ours = name in datasets.TASKS or own.is_own(self.folder(name))
         return {"data": identity.of_files(files), "definition": {} if ours else dict(identity.of_definition(name))}
+
+    def of_the_hub(self) -> list[str]:
+        """The tasks without files, which the harness asks the hub for, at whatever commit is newest."""
+        ours = {*datasets.TASKS, *self._news}
+        return [name for name in self.names if name not in ours and not self.folder(name).is_dir()]
 
     def folder(self, name: str) -> Path:
         """Where a task's data lie."""
@@ -64,7 +74,7 @@ class Questions:
 
     def _spec(self, name: str, tokenizer: PreTrainedTokenizerBase) -> tasks.Spec:
         if name not in self._news:
-            return tasks.spec(name, self._data, tokenizer)
+            return tasks.spec(name, self._data if self._data.is_dir() else None, tokenizer)
         kind, path = self._news[name]
         config = prompts.load_task(datasets.task_file(f"world_{kind}"))
         return tasks.on_files(config, {path.stem: path}, name=name)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from portllm.errors import DataError, EvaluationError
-from portllm.lm.data import asking, own, prompts, stock, tasks
+from portllm.lm.data import asking, own, prompts, stock, tables, tasks
 from portllm.lm.data.encoding import Generated
 from portllm.world import datasets
 
@@ -181,6 +181,8 @@ def test_a_task_that_cannot_be_trained_on_is_refused(tmp_path: Path, name: str, 
 def test_without_files_the_harness_asks_the_hub_under_the_bare_name(tmp_path: Path) -> None:
     assert tasks.spec("boolq", None) == "boolq"
     assert tasks.spec("boolq", tmp_path) == "boolq"
+    with pytest.raises(DataError, match="no such folder"):
+        tasks.spec("boolq", tmp_path / "slip")
     with pytest.raises(DataError, match="make it with `portllm prepare cola`"):
         tasks.training_pairs("cola", tmp_path)
 
@@ -334,3 +336,46 @@ def test_the_list_says_what_the_harness_says() -> None:
         config = load_yaml(path)
         assert listed[name].output_type == config.get("output_type", "generate_until")
         assert listed[name].trainable == bool(config.get("training_split"))
+
+
+def changed_task(tmp_path: Path, text: str) -> Path:
+    """DATA with a task of the user's own, whose definition has the field in `text`."""
+    import yaml
+
+    data = tmp_path / "data"
+    (data / "mine").mkdir(parents=True)
+    for split in ("train", "test"):
+        tables.write(
+            data / "mine" / f"{split}.parquet", tables.of_rows([{"prompt": "a", "completion": " b"}], where="")
+        )
+    shown = own.Definition(name="mine", kind="loglikelihood", splits=("train", "test")).text()
+    kept = {field: value for field, value in yaml.safe_load(shown).items() if field != text.partition(":")[0]}
+    (data / "mine" / own.FILE).write_text(f"{yaml.safe_dump(kept)}{text}\n", encoding="utf-8")
+    return data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("field", ["doc_to_text", "doc_to_target", "description"])
+def test_a_template_runs_no_code(tmp_path: Path, field: str) -> None:
+    data = changed_task(tmp_path, f"{field}: \"{{{{ cycler.__init__.__globals__.os.mkdir('{tmp_path}/ran') }}}}\"")
+    with pytest.raises(DataError, match="unsafe"):
+        tasks.training_pairs("mine", data)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("metric_list: [{metric: ./script.py, aggregation: mean}]", "none of the harness's own"),
+        ("metric_list: [{metric: acc, aggregation: mean, hf_evaluate: true}]", "none of the harness's own"),
+        ("use_prompt: 'a.yaml:b'", "has the field 'use_prompt'"),
+        ("include: other.yaml", "has the field 'include'"),
+        ("process_results: !function portllm.checkpoint.output.abandon", "is not portllm's own"),
+        ("process_results: !function portllm.lm.data.own.Path", "is no function for task files"),
+    ],
+)
+def test_a_definition_that_would_load_code_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    data = changed_task(tmp_path, text)
+    with pytest.raises(EvaluationError, match=says):
+        asking.build(tasks.spec("mine", data), name="mine")

@@ -1,0 +1,23 @@
+"""What is asked of whom: files of DATA, or the hub; a DATA that is not there is never the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from portllm.errors import DataError
+from portllm.lm.scoring.questions import Questions
+
+
+def test_a_folder_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="slip: no such folder"):
+        Questions(["boolq"], data=tmp_path / "slip", news=None)
+    monkeypatch.chdir(tmp_path)
+    assert Questions(["boolq"], data=None, news=None).of_the_hub() == ["boolq"]
+
+
+def test_tasks_without_files_are_told_as_the_hubs(tmp_path: Path) -> None:
+    (tmp_path / "sst2").mkdir()
+    questions = Questions(["sst2", "boolq", "world_sst2"], data=tmp_path, news=None)
+    assert questions.of_the_hub() == ["boolq"]
