@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from portllm import ranges
 from portllm.errors import ParamsError
 
 Section = TypeVar("Section")
@@ -91,6 +92,11 @@ class OptimParams:
     group_by_length: bool = False
     save_steps: int = 0
 
+    def __post_init__(self) -> None:
+        ranges.hold(self, "optim", ranges.OPTIM)
+        if not (self.epochs or self.max_steps):
+            raise ParamsError("optim.epochs and optim.max_steps are both 0; expected one of them above 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraParams:
@@ -101,6 +107,9 @@ class LoraParams:
     dropout: float = 0.1
     target_modules: tuple[str, ...] = ALL_LINEARS
     use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        ranges.hold(self, "lora", ranges.LORA)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +224,9 @@ class EvaluateParams:
     batch_size: int = 64
     limit: int = 0
     threads: int = 0
+
+    def __post_init__(self) -> None:
+        ranges.hold(self, "evaluate", ranges.EVALUATE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,20 @@ def test_the_repositorys_own_file_is_read() -> None:
         ("releases: [v0, v1]\nevolve: {releases: {v1: {}}}", "evolve.releases.v1 lacks base"),
         ("releases: [v0, v1]\nevolve: {releases: {v1: {base: v9}}}", "expected one of v0, v1"),
         ("a: [", "not valid YAML"),
+        ("train: {optim: {gradient_accumulation: 0}}", "optim.gradient_accumulation is 0; expected 1 or more"),
+        ("train: {optim: {logging_steps: 0}}", "optim.logging_steps is 0; expected 1 or more"),
+        ("fetch: {optim: {batch_size: -4}}", "optim.batch_size is -4; expected 1 or more"),
+        ("train: {optim: {threads: -1}}", "optim.threads is -1; expected 0 or more"),
+        ("train: {optim: {save_steps: -1}}", "optim.save_steps is -1"),
+        ("train: {optim: {max_steps: -1}}", "optim.max_steps is -1"),
+        ("train: {optim: {learning_rate: .nan}}", "optim.learning_rate is nan"),
+        ("train: {optim: {epochs: 0}}", "optim.epochs and optim.max_steps are both 0"),
+        ("train: {optim: {warmup_ratio: 1}}", "optim.warmup_ratio is 1.0; expected a share from 0, below 1"),
+        ("train: {optim: {decay_ratio: 1.1}}", "optim.decay_ratio is 1.1; expected a share from 0 to 1"),
+        ("train: {lora: {r: 0}}", "lora.r is 0; expected 1 or more"),
+        ("evaluate: {batch_size: -1}", "evaluate.batch_size is -1; expected 0 or more"),
+        ("evaluate: {threads: -1}", "evaluate.threads is -1"),
+        ("evaluate: {num_fewshot: -2}", "evaluate.num_fewshot is -2; expected a number of examples, or -1"),
     ],
 )
 def test_a_wrong_file_is_refused_by_key(tmp_path: Path, text: str, says: str) -> None:
@@ -64,6 +78,12 @@ def test_a_wrong_file_is_refused_by_key(tmp_path: Path, text: str, says: str) ->
 def test_a_number_without_a_dot_is_still_a_number(tmp_path: Path) -> None:
     # YAML 1.1 reads 1e-4 as text
     assert load(tmp_path, "train: {optim: {learning_rate: 1e-4, epochs: 3}}").train.optim.learning_rate == 1e-4
+
+
+def test_what_stands_at_the_edge_is_allowed() -> None:
+    params.OptimParams(epochs=0, max_steps=1, learning_rate=0, decay_ratio=1)
+    params.OptimParams(epochs=0.5, save_steps=0, threads=0)
+    params.EvaluateParams(batch_size=0, num_fewshot=-1)
 
 
 def test_a_missing_file_says_what_to_pass(tmp_path: Path) -> None:
