@@ -22,6 +22,7 @@ from blake3 import blake3
 from portllm.checkpoint.headers import Header, TensorEntry, open_input, read_header
 from portllm.checkpoint.output import staged_file
 from portllm.checkpoint.reader import read_exactly, shard_names
+from portllm.errors import OutputError
 
 PIECE_BYTES = 1 << 20
 SETTLED_NS = 2_000_000_000  # a file younger than this could change again within one tick of its clock
@@ -93,7 +94,7 @@ def remember(shard: Header, known: Mapping[str, str], was: list[int]) -> None:
             return
         with staged_file(_cache_file(shard.path)) as partial:
             partial.write_text(text, encoding="utf-8")
-    except OSError:
+    except (OSError, OutputError):
         pass  # a cache that cannot be written costs time, not correctness
 
 

@@ -65,24 +65,41 @@ def kept(out: Path, key: str) -> Path:
 
 @contextlib.contextmanager
 def staged_file(out: Path) -> Iterator[Path]:
-    """A path beside `out` to write one file to; it replaces `out` when the block ends without error."""
+    """A path beside `out` to write one file to; it replaces `out` when the block ends without error.
+
+    Raises OutputError when `out` is a directory or cannot be where it is, or when the disk refuses.
+    """
     if not processes.is_main():
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / out.name
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(out)
-    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        _sync_file(partial)
-        partial.chmod(0o666 & ~_umask())
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_directory(out.parent)
+    refuse_file(out)
+    with _refusals_of_the_disk(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
+        handle, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
+        os.close(handle)
+        partial = Path(name)
+        try:
+            yield partial
+            _sync_file(partial)
+            partial.chmod(0o666 & ~_umask())
+            partial.replace(out)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync_directory(out.parent)
+
+
+def refuse_file(out: Path) -> None:
+    """Raise OutputError where the file `out` cannot be written: at once, for work that takes long before."""
+    if not processes.is_main():
+        return
+    with _refusals_of_the_disk(out):
+        there = next(path for path in (out, *out.parents) if path.exists() or path == path.parent)
+        if there == out and out.is_dir():
+            raise OutputError(f"{out}: expected a file or nothing, found a directory; name a file")
+        if there != out and not there.is_dir():
+            raise OutputError(f"{out}: expected {there} to be a directory, found a file; choose another place")
 
 
 def abandon() -> None:
@@ -216,7 +233,11 @@ def _is_at(handle: int, path: Path) -> bool:
 def _refusals_of_the_disk(out: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError" and "os error" in str(error):  # by name: safetensors takes a while
+            raise OutputError(f"{out}: could not be written ({error}); see to the disk and try again") from error
+        if not isinstance(error, OSError):
+            raise
         where = f" at {error.filename}" if error.filename else ""
         text = f"{out}: could not be written ({error.strerror or error}{where})"
         raise OutputError(f"{text}; see to the disk and try again") from error

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from portllm import processes
 from portllm.cli.options import DIRECTORY
 from portllm.cli.running import follow_parent
 from portllm.errors import MachineError
@@ -40,8 +41,7 @@ def launchable_where(shared: Callable[[Mapping[str, Any]], bool]) -> Callable[[C
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def launched(*, launch: Path | None, **rest: Any) -> Any:
-            count = 1 if launch is None or LAUNCHED in os.environ or not shared(rest) else _processes(launch)
-            if launch is None or count == 1:
+            if launch is None or _is_launched() or not shared(rest) or (count := _processes(launch)) == 1:
                 return command(**rest)
             return click.get_current_context().exit(_launch(launch, count, sys.argv[1:]))
 
@@ -49,6 +49,11 @@ def launchable_where(shared: Callable[[Mapping[str, Any]], bool]) -> Callable[[C
         return cast(Command, click.option("--launch", type=DIRECTORY, envvar=ENVIRONMENT, help=f"{text}.")(launched))
 
     return decorate
+
+
+def _is_launched() -> bool:
+    """Whether this is one of several processes already, started by us or by `accelerate launch` itself."""
+    return LAUNCHED in os.environ or processes.count() > 1
 
 
 def _processes(config: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from portllm import processes
 from portllm.checkpoint.fingerprint import fingerprint
-from portllm.checkpoint.output import staged_file
+from portllm.checkpoint.output import refuse_file, staged_file
 from portllm.checkpoint.provenance import digests, public_name
 from portllm.checkpoint.records import SCHEMA_VERSION, PatchRecord, PortRecord, dumps
 from portllm.errors import PatchError
@@ -105,6 +106,9 @@ def run(
     models of an earlier release, asked only what no patch is for. What was scored before on the very same content is
     taken from the user's cache, unless `cache` is False. Raises PortllmError.
     """
+    for path in (out, samples):
+        if path is not None:
+            refuse_file(path)  # before hours of scoring
     mark = fingerprint(model)
     asked = [_candidate(p, mark) for p in _expand(patches)]
     known = {c.path.resolve() for c in asked}
@@ -201,7 +205,8 @@ class Scoring:
             yield from self._on(path, {i: r for i, r in rows.items() if r.candidate and self._loaded(r) == [path]})
 
     def _on(self, checkpoint: Path, rows: Mapping[int, Row]) -> Iterator[tuple[int, Scored]]:
-        """Scores of a checkpoint and of the patches put on it; it is let go when they are done."""
+        """Scores of a checkpoint and of the patches put on it; it is let go before the next is loaded."""
+        gc.collect()  # the harness and its model refer to each other: the one before is still whole in memory
         harness = evaluation.Harness(checkpoint, self._params, trust_remote_code=self._trust)
         names = list(dict.fromkeys(row.task for row in rows.values()))
         tasks = self._questions.load(names, identity.of_words(checkpoint), harness.tokenizer, self._params)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -256,6 +257,42 @@ def test_what_a_kill_left_of_one_file_is_swept_up_a_day_later(tmp_path: Path) ->
     with staged_file(tmp_path / "f.json") as partial:
         partial.write_text("whole")
     assert files(tmp_path) == [young.name, other.name, "f.json"]
+
+
+def test_a_file_that_cannot_be_where_it_is_to_be_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("1")
+    for out, said in {
+        "folder": "found a directory", "file/scores.json": "found a file", "file/deep/er.json": "found a file",
+        "folder/" + "x" * 300: "File name too long",
+    }.items():  # fmt: skip
+        for refusing in (output.refuse_file, lambda path: staged_file(path).__enter__()):
+            with pytest.raises(OutputError, match=said):
+                refusing(tmp_path / out)
+    output.refuse_file(tmp_path / "file")
+    output.refuse_file(tmp_path / "deep" / "er" / "scores.json")
+    assert files(tmp_path) == ["file", "folder"]
+
+
+def test_a_disk_that_refuses_one_file_is_an_error_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OutputError, match="No space left on device"), staged_file(tmp_path / "f.json") as partial:
+        partial.write_text("1")
+    assert files(tmp_path) == []
+
+
+def test_weights_that_do_not_fit_on_the_disk_are_an_error_of_ours(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OutputError, match="could not be written"), staged(tmp_path / "out") as folder:
+            save_file({"a": torch.zeros(4096)}, folder / "model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert files(tmp_path) == []
 
 
 def test_of_several_processes_the_main_one_alone_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

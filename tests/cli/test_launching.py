@@ -79,3 +79,14 @@ def test_on_one_gpu_nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> None
     done = CliRunner().invoke(cli.main, WORDS)
     assert done.exit_code == 1
     assert "base" in done.stderr
+
+
+def test_one_of_several_processes_launches_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch -m portllm` where the machine's environment names a configuration, too."""
+    monkeypatch.setattr(launching, "_launch", lambda *_: pytest.fail("launched"))
+    for name, value in {launching.ENVIRONMENT: str(CONFIGS / "cpu-2.yaml"), "TORCHELASTIC_RUN_ID": "job",
+                        "WORLD_SIZE": "2", "RANK": "0"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    done = CliRunner().invoke(cli.main, ["--no-track", *WORDS])
+    assert done.exit_code == 1
+    assert "base" in done.stderr

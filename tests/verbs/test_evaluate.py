@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from portllm.checkpoint.records import PortRecord, Source
+from portllm.errors import OutputError
 from portllm.lm.learning import llama
-from portllm.lm.scoring import evaluation, scorer
+from portllm.lm.scoring import evaluation
 from portllm.params import ArchitectureParams, EvaluateParams
 from portllm.verbs import evaluate
 from portllm.world import tokenizer
@@ -88,6 +89,16 @@ def test_the_second_time_nothing_is_scored_and_the_files_are_the_same(
     again = score(made, tmp_path / "again")
     assert (again.known, again.cells) == (6, first.cells)
     assert written(tmp_path / "first") == written(tmp_path / "uncached") == written(tmp_path / "again")
+
+
+@pytest.mark.parametrize("what", ["out", "samples"])
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_scored(
+    made: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "_scored", lambda *_, **__: pytest.fail("scored"))
+    place = {"out": tmp_path / "scores.json", what: tmp_path}
+    with pytest.raises(OutputError, match="found a directory"):
+        evaluate.run(model=made / "base", tasks=TASKS, params=PARAMS, data=made / "data", **place)
 
 
 def test_samples_hold_every_filter_s_answer(made: Path, tmp_path: Path) -> None:
@@ -190,16 +201,20 @@ def test_merged_checkpoints_are_loaded_one_at_a_time(
     import weakref
 
     alive: list[weakref.ref[Any]] = []
-    inner = scorer.Scorer.__init__
+    inner = evaluation.load_model
 
-    def counting(self: Any, model: Any, *rest: Any, **told: Any) -> None:
-        gc.collect()
+    def counting(*rest: Any, **told: Any) -> Any:
         assert all(one() is None for one in alive), "what was scored before is still in memory"
+        model, words = inner(*rest, **told)
         alive.append(weakref.ref(model))
-        inner(self, model, *rest, **told)
+        return model, words
 
-    monkeypatch.setattr(scorer.Scorer, "__init__", counting)
-    score(made, tmp_path, tasks=["sst2"], cache=False)
+    monkeypatch.setattr(evaluation, "load_model", counting)
+    gc.disable()  # nothing is freed by chance
+    try:
+        score(made, tmp_path, tasks=["sst2"], cache=False)
+    finally:
+        gc.enable()
     assert len(alive) == 2, "the base once, for itself and its adapters, and the ported checkpoint"
 
 

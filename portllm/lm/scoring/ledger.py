@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from portllm.checkpoint.output import staged_file
+from portllm.errors import OutputError
 from portllm.lm.scoring.scored import Sample, Scored
 
 FORMAT = 2
@@ -38,7 +39,7 @@ def keep(key: Mapping[str, Any], scored: Scored) -> None:
     """Remember what was scored under `key`; a cache that cannot be written costs time, not correctness."""
     told = json.loads(json.dumps({**vars(scored), "samples": [vars(sample) for sample in scored.samples]}))
     text = json.dumps({"format": FORMAT, "key": key, "scored": told, "digest": _digest(told)}, ensure_ascii=False)
-    with contextlib.suppress(OSError, ValueError), staged_file(_file(key)) as partial:
+    with contextlib.suppress(OutputError, OSError, ValueError), staged_file(_file(key)) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
