@@ -43,4 +43,6 @@ def unknown(token: int, known: int) -> str:
 
 
 def _line(error: Exception) -> str:
+    if "ignore_mismatched_sizes" in str(error):  # transformers has put the details into its log
+        return "it has tensors of other shapes than its config.json says"
     return " ".join(str(error).split())[:300]

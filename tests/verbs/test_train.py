@@ -121,7 +121,7 @@ def test_a_broken_base_is_said_in_one_line(work: SimpleNamespace, tmp_path: Path
         config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 48}))
     else:
         config.write_text("{")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="config.json says" if harm == "another size" else "whole base"):
         loading.frozen_base(base, OPTIM)
     with pytest.raises(CheckpointError):
         loading.trainable_base(base, OPTIM)
