@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from portllm.checkpoint.records import DatasetRecord
-from portllm.errors import DataError, ParamsError
+from portllm.errors import DataError, OutputError, ParamsError
 from portllm.lm.data import own, tasks
 from portllm.params import CorpusParams, PrepareParams
 from portllm.verbs import prepare
@@ -301,3 +301,14 @@ def test_the_stages_hear_of_all_that_makes_a_corpus() -> None:
     assert len(read) > 3
     assert read <= set(base["deps"])
     assert read <= set(later["deps"])
+
+
+def test_an_out_that_is_there_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "_make", lambda *_: pytest.fail("was read"))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "kept").touch()
+    with pytest.raises(OutputError, match="--force"):
+        prepare.run(dataset="world_sst2", out=out, params=PrepareParams())
