@@ -28,10 +28,9 @@ def run(*, dataset: str, out: Path, params: PrepareParams, text: Text = "world",
     A task is the embedded world's, the harness's or a user's own; `text` says where a release's corpus comes from when
     prepare.corpora does not. Raises DataError and EvaluationError, with nothing written.
     """
-    inputs = _inputs(dataset, params)
-    refuse(out, force=force, inputs=inputs)  # before anything is downloaded
+    refuse(out, force=force, inputs=())  # before anything is downloaded
     made = _make(dataset, params, text)
-    with staged(out, force=force, inputs=inputs) as folder:
+    with staged(out, force=force, inputs=_inputs(dataset, params)) as folder:
         made.write(folder)
         record = DatasetRecord(
             dataset=dataset,
