@@ -11,13 +11,13 @@ from pathlib import Path
 
 from portllm.checkpoint.files import companions
 from portllm.checkpoint.headers import open_input
+from portllm.checkpoint.output import check_room
 from portllm.checkpoint.reader import INDEX, Checkpoint
 from portllm.checkpoint.stream import FICLONE
 from portllm.checkpoint.writer import Meter
-from portllm.errors import CheckpointError, OutputError
+from portllm.errors import CheckpointError
 
 PIECE_BYTES = 64 << 20
-MARGIN_BYTES = 16 << 20  # records, directory entries
 
 Progress = Callable[[int, int], None]
 
@@ -40,7 +40,7 @@ def copy_checkpoint(source: Path, folder: Path, on_progress: Progress | None = N
         if _cloned(path, target):
             meter.add(size)
         else:
-            _check_room(folder, size)
+            check_room(folder, size, "the next file needs")
             _copy(path, target, meter)
 
 
@@ -80,12 +80,3 @@ def _piece(old: int, new: int) -> int:
         if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
     return os.write(new, os.read(old, 1 << 20))
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed + MARGIN_BYTES > free:
-        raise OutputError(
-            f"{folder.parent}: has {free / 1e9:.2f} GB free, the next file needs {needed / 1e9:.2f} GB; "
-            "free some space or choose another disk"
-        )

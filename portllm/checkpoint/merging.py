@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +11,15 @@ from pathlib import Path
 from portllm.checkpoint import fingerprint
 from portllm.checkpoint.files import companions
 from portllm.checkpoint.headers import TensorEntry
+from portllm.checkpoint.output import check_room
 from portllm.checkpoint.patch import Patch
 from portllm.checkpoint.placing import nbytes
 from portllm.checkpoint.plan import Plan
 from portllm.checkpoint.reader import INDEX, Checkpoint, read_json_object
 from portllm.checkpoint.targets import TargetFile
 from portllm.checkpoint.writer import Job, Meter, Written, copy_file, write_files
-from portllm.errors import OutputError
 
 Progress = Callable[[int, int], None]
-MARGIN_BYTES = 16 << 20  # records, card, directory entries
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def write_merged(
     if (index := base.path / INDEX).is_file() and INDEX not in own:
         extras[INDEX] = index
     meter = Meter(sum(map(nbytes, targets)) + sum(path.stat().st_size for path in extras.values()), on_progress)
-    check_space(folder, meter.total)
+    check_room(folder, meter.total, "the ported files need")
     files = {name: copy_file(path, under(folder, name), meter) for name, path in extras.items()}
     for name, text in own.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -62,16 +60,6 @@ def under(folder: Path, name: str) -> Path:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Raises OutputError where `needed` bytes do not fit beside `folder`."""
-    free = shutil.disk_usage(folder).free
-    if free < needed + MARGIN_BYTES:
-        raise OutputError(
-            f"{folder.parent}: has {free / 1e9:.1f} GB free, the ported files need {needed / 1e9:.1f} GB; "
-            "free some space or choose another disk"
-        )
 
 
 def _base_fingerprint(base: Checkpoint, written: Mapping[Path, Written]) -> str:

@@ -26,6 +26,7 @@ from portllm import processes
 from portllm.errors import MachineError, OutputError, PortllmError
 
 STALE_SECONDS = 24 * 3600
+MARGIN_BYTES = 16 << 20  # records, card, directory entries
 # what this process is writing, and the folders it made for it (see `abandon`)
 _writing: dict[Path, Sequence[Path]] = {}
 
@@ -141,6 +142,19 @@ def _sweep(out: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             if time.time() - stale.stat().st_mtime > STALE_SECONDS:
                 stale.unlink()
+
+
+def check_room(folder: Path, needed: int, who: str) -> None:
+    """Raise OutputError where `needed` bytes, and the records beside them, do not fit beside `folder`.
+
+    `who` begins what the error says of them: "the ported files need".
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed + MARGIN_BYTES:
+        raise OutputError(
+            f"{folder.parent}: has {free / 1e9:.2f} GB free, {who} {needed / 1e9:.2f} GB; "
+            "free some space or choose another disk"
+        )
 
 
 def refuse(out: Path, *, force: bool, inputs: Sequence[Path]) -> None:

@@ -16,8 +16,8 @@ from portllm.checkpoint import fingerprint, provenance
 from portllm.checkpoint.card import Facts, port_card
 from portllm.checkpoint.derived import Old, converted
 from portllm.checkpoint.files import tokenizer_files
-from portllm.checkpoint.merging import check_space, under, write_merged
-from portllm.checkpoint.output import refuse, staged
+from portllm.checkpoint.merging import under, write_merged
+from portllm.checkpoint.output import check_room, refuse, staged
 from portllm.checkpoint.patch import CONFIG, WEIGHTS, Patch
 from portllm.checkpoint.plan import Plan, check_saved
 from portllm.checkpoint.planning import make_plan
@@ -141,7 +141,7 @@ def _write_adapter(
     # base weights saved with the patch stay behind: PEFT would put them over the new base's
     names = patch.header.tensors.keys() - patch.left_behind
     meter = Meter(patch.header.size + sum(path.stat().st_size for path in extras.values()), on_progress)
-    check_space(folder, 2 * meter.total)
+    check_room(folder, 2 * meter.total, "the ported files need")
     files = {name: copy_file(path, under(folder, name), meter) for name, path in extras.items()}
     config = _retargeted(patch.config, record.base.name, record.scale)
     if patch.init == "plain" or old is None:

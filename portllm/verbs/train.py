@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from portllm import processes
 from portllm.checkpoint.card import patch_card
-from portllm.checkpoint.files import companions
-from portllm.checkpoint.fingerprint import file_digest, fingerprint
+from portllm.checkpoint.fingerprint import fingerprint
 from portllm.checkpoint.output import kept, staged
 from portllm.checkpoint.provenance import git_commit, public_name, revision, versions
-from portllm.checkpoint.records import PatchRecord, Source, dumps
+from portllm.checkpoint.records import PatchRecord, Source
 from portllm.lm.data import tasks
 from portllm.lm.learning import loading, patching, training
+from portllm.lm.learning.snapshots import training_key
 from portllm.params import TrainParams, as_tree
 
 HISTORY = "history.csv"
@@ -73,11 +71,7 @@ def run(
 
 
 def _key(base: Path, task: str, read: Mapping[str, str], params: TrainParams) -> str:
-    """What names a training: a snapshot is gone on with where all of this is the same."""
-    files = {name: file_digest(path) for name, path in companions(base, base).items()}
-    inputs = [fingerprint(base), files, task, dict(read), as_tree(params)]
-    made_by = [versions("torch", "transformers", "peft", "accelerate"), processes.count()]
-    return hashlib.sha256(dumps([inputs, made_by]).encode()).hexdigest()
+    return training_key(base, task, dict(read), as_tree(params))
 
 
 def _write_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:

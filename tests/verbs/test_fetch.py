@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from portllm.checkpoint import copying
+from portllm.checkpoint import copying, output
 from portllm.checkpoint.fingerprint import fingerprint
 from portllm.checkpoint.records import ReleaseRecord
 from portllm.cli import main
@@ -116,7 +116,7 @@ def test_a_directory_is_copied_whole_or_not_at_all(
         fetch.run(out=tmp_path / "v0", params=FetchParams(source=str(published)))
     with pytest.raises(OutputError, match="overlaps the input"):
         fetch.run(out=published / "inside", params=FetchParams(source=str(published)))
-    monkeypatch.setattr(copying, "MARGIN_BYTES", 1 << 60)
+    monkeypatch.setattr(output, "MARGIN_BYTES", 1 << 60)
     monkeypatch.setattr(copying, "_cloned", lambda *_: False)
     with pytest.raises(OutputError, match="the next file needs"):
         fetch.run(out=tmp_path / "v1", params=FetchParams(source=str(published)))

@@ -9,6 +9,7 @@ from typing import Any
 
 from portllm.errors import DataError, EvaluationError
 from portllm.lm.data.encoding import Generated, Pair
+from portllm.lm.data.tables import first_line
 from portllm.lm.quiet import quieten
 
 
@@ -177,4 +178,4 @@ def reason(error: BaseException) -> str:
     cause = error.__cause__ or error
     if isinstance(cause, KeyError):
         return f"no column {cause}"
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    return first_line(cause)

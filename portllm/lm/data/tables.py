@@ -59,7 +59,7 @@ def write(path: Path, table: Table) -> None:
         pq.write_table(table, path, compression="zstd")
     except pa.ArrowException as error:
         # objects without a key, say
-        raise DataError(f"{path.stem}: parquet cannot hold it ({_line(error)}); leave the column out") from error
+        raise DataError(f"{path.stem}: parquet cannot hold it ({first_line(error)}); leave the column out") from error
 
 
 def of_rows(rows: Sequence[Mapping[str, Any]], *, where: str) -> Table:
@@ -87,7 +87,7 @@ def _parquet(path: Path) -> tuple[Table, int]:
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise DataError(f"{path}: not a readable parquet file ({_line(error)}); replace it") from error
+        raise DataError(f"{path}: not a readable parquet file ({first_line(error)}); replace it") from error
     return table, 0
 
 
@@ -172,7 +172,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line, object_pairs_hook=distinct, parse_constant=never)
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
-        raise DataError(f"{where} is not valid JSON ({_line(error)}); a row is one object on one line") from error
+        raise DataError(f"{where} is not valid JSON ({first_line(error)}); a row is one object on one line") from error
     if not isinstance(row, dict):
         raise DataError(f"{where} is a JSON {type(row).__name__}; expected an object with a key per column")
     return row
@@ -185,10 +185,11 @@ def _odd_one(name: str, values: Sequence[Any], error: Exception) -> str:
     for number, (kind, value) in enumerate(zip(kinds, values, strict=True)):
         if kind not in (first, type(None)) and first is not None:
             return f"column {name}: row {number} is {value!r:.60}, a {kind.__name__}, those before are {first.__name__}"
-    return f"column {name} cannot be kept as a table ({_line(error)})"
+    return f"column {name} cannot be kept as a table ({first_line(error)})"
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,17 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from portllm import processes
 from portllm.checkpoint.copying import copy_companions
-from portllm.checkpoint.files import companions
-from portllm.checkpoint.fingerprint import file_digest, fingerprint
+from portllm.checkpoint.fingerprint import fingerprint
 from portllm.checkpoint.merging import write_merged
 from portllm.checkpoint.patch import Patch
 from portllm.checkpoint.planning import make_plan
-from portllm.checkpoint.provenance import versions
 from portllm.checkpoint.reader import ARRAY_DTYPES, TORCH_DTYPES, Checkpoint
-from portllm.checkpoint.records import dumps
 from portllm.lm.data.packing import pack, read_texts
 from portllm.lm.data.tables import read_rows
 from portllm.lm.learning import loading, probe, training
+from portllm.lm.learning.snapshots import training_key
 from portllm.lm.names.naming import layout_of
 from portllm.lm.quiet import quieten
 from portllm.params import EvolveParams, FetchParams, OptimParams, as_tree
@@ -140,10 +137,7 @@ def key(base: Path | None, data: Mapping[str, str], params: FetchParams | Evolve
     """What names a training that is to be gone on with after a kill; None where no snapshots are asked for."""
     if not params.optim.save_steps:
         return None
-    made_by = [versions("torch", "transformers", "peft", "accelerate"), processes.count()]
-    files = {name: file_digest(path) for name, path in companions(base, base).items()} if base else {}
-    inputs = [fingerprint(base) if base else None, files, dict(data), as_tree(params)]
-    return hashlib.sha256(dumps([inputs, made_by]).encode()).hexdigest()
+    return training_key(base, dict(data), as_tree(params))
 
 
 def _fit(

@@ -7,6 +7,7 @@ bytes do not hash to its name (a damaged disk, a copy cut short) is passed over 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -15,8 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.fingerprint import tensor_hash
+from portllm import processes
+from portllm.checkpoint.files import companions
+from portllm.checkpoint.fingerprint import file_digest, fingerprint, tensor_hash
 from portllm.checkpoint.output import sync_directory
+from portllm.checkpoint.provenance import versions
+from portllm.checkpoint.records import dumps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +30,14 @@ KEPT = 2  # the last and the one before, in case the last is damaged
 PIECE_BYTES = 1 << 22
 STATE = "state"
 _NAME = re.compile(r"(?P<step>\d{9})-(?P<digest>[0-9a-f]{64})\.safetensors")
+
+
+def training_key(base: Path | None, *inputs: Any) -> str:
+    """What names a training: a snapshot is gone on with where base, inputs, libraries and processes are the same."""
+    made_by = [versions("torch", "transformers", "peft", "accelerate"), processes.count()]
+    files = {name: file_digest(path) for name, path in companions(base, base).items()} if base else {}
+    made_from = [fingerprint(base) if base else None, files, *inputs]
+    return hashlib.sha256(dumps([made_from, made_by]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
