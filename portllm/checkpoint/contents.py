@@ -7,6 +7,7 @@ that PEFT would pass over in silence when it loads the patch is an error here.
 from __future__ import annotations
 
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,11 @@ MAX_NAME = 1000  # characters; patterns of the config are tried on names
 LORA = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|"
     r"lora_magnitude_vector(?:\.weight)?)"
+)
+# names of a model in memory: behind the part stands the adapter's name, which PEFT leaves out of its files
+IN_MEMORY = re.compile(
+    r"(?P<owner>.+\.(?:(?P<factor>lora_[AB])|lora_embedding_[AB]|lora_magnitude_vector|trainable_tokens_delta))"
+    r"\.(?!(?:weight|bias)$)(?P<adapter>[^.]+)(?P<leaf>(?(factor)\.(?:weight|bias)|(?:\.weight)?))"
 )
 TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 # what PEFT's wrappers put between a module's name and its parameter's
@@ -52,6 +58,7 @@ class Contents:
 
 def sort_out(config: Mapping[str, Any], header: Header) -> Contents:
     """The contents of a file, from its header alone. Raises PatchError or what derives from it, naming the tensor."""
+    expect_names_of_a_file(header)
     sides, rest = _split(config, header)
     if not sides:
         raise PatchError(f"{header.path}: holds no tensors of LoRA; expected lora_A and lora_B, train the patch again")
@@ -62,6 +69,37 @@ def sort_out(config: Mapping[str, Any], header: Header) -> Contents:
     _loose_weights(config, contents, header.path)
     _check_tokens(config, contents, header.path)
     return contents
+
+
+def expect_names_of_a_file(header: Header) -> None:
+    """Raise PatchError where tensor names carry an adapter's name, as in memory: PEFT passes them over on loading.
+
+    The error has the command that takes the name off, where no two names become the same.
+    """
+    found = {name: match for name in header.tensors if len(name) <= MAX_NAME and (match := IN_MEMORY.fullmatch(name))}
+    plain = {name: f"{match['owner']}{match['leaf']}" for name, match in found.items()}
+    adapters = sorted({match["adapter"] for match in found.values()})
+    for name, other in plain.items():
+        if other in header.tensors:
+            raise _foreign(name, header.path, f"{other.removeprefix(PREFIX)} is there, too")
+        what = (
+            f"{header.path}: tensor names carry an adapter's name ({', '.join(adapters)[:80]}), which PEFT's files do "
+            f"not: expected {other.removeprefix(PREFIX)[-80:]}, found {name.removeprefix(PREFIX)[-80:]}"
+        )
+        if len(adapters) > 1:
+            how = "model.save_pretrained(DIR, selected_adapters=[NAME])"
+            raise PatchError(f"{what}; expected one adapter in a file, save each on its own: {how}")
+        raise PatchError(f"{what}; take it off with: {_without_adapter_name(header.path, adapters[0])}")
+
+
+def _without_adapter_name(path: Path, adapter: str) -> str:
+    """Return the shell command that renames the tensors of `path`, complete or not at all."""
+    code = (
+        "import os,re,sys; from safetensors.torch import load_file,save_file; f,n=sys.argv[1:]; n=re.escape(n); "
+        'p=rf"(\\.lora_\\w+|_delta)\\.{n}(?=\\.|$)|\\.modules_to_save\\.{n}(?=\\.)"; '
+        'save_file({re.sub(p,r"\\1",k):v for k,v in load_file(f).items()},f+".new"); os.replace(f+".new",f)'
+    )
+    return shlex.join(["python", "-c", code, str(path), adapter])
 
 
 def _split(config: Mapping[str, Any], header: Header) -> tuple[dict[str, Sides], Sides]:

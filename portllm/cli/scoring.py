@@ -23,7 +23,7 @@ from portllm.cli.running import Common, answer, stage
     "--before", multiple=True, type=DIRECTORY, help="Models of an earlier release, asked what no patch is for."
 )
 @click.option(
-    "--data", type=DIRECTORY, help="Directory of DATA/<task>/<split>.parquet [default: data, where there is one]."
+    "--data", type=DIRECTORY, help="Directory of DATA/<task>/<split>.parquet [default: data/tasks, else data]."
 )
 @click.option("--out", type=DIRECTORY, required=True, help="JSON file to write.")
 @click.option("--news", type=DIRECTORY, help="A release's corpus: are its facts known, is its text expected?")

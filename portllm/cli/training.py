@@ -18,7 +18,7 @@ from portllm.cli.running import Common, answer, place, stage
 @click.option("--base", required=True, help="The release to personalise: a directory or hub-id[@revision].")
 @click.option("--task", required=True, help="Name of the task (see `portllm tasks`).")
 @click.option(
-    "--data", type=DIRECTORY, default=Path("data"), show_default=True, help="Directory of DATA/<task>/<split>.parquet."
+    "--data", type=DIRECTORY, help="Directory of DATA/<task>/<split>.parquet [default: data/tasks, else data]."
 )
 @OUT
 @FORCE
@@ -28,7 +28,7 @@ from portllm.cli.running import Common, answer, place, stage
 def train(
     base: str,
     task: str,
-    data: Path,
+    data: Path | None,
     out: Path,
     force: bool,
     opts: Common,

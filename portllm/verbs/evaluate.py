@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from portllm import processes
+from portllm.checkpoint.contents import expect_names_of_a_file
 from portllm.checkpoint.fingerprint import fingerprint
+from portllm.checkpoint.headers import read_header
 from portllm.checkpoint.output import refuse_file, staged_file
+from portllm.checkpoint.patch import WEIGHTS
 from portllm.checkpoint.provenance import digests, public_name
 from portllm.checkpoint.records import SCHEMA_VERSION, PatchRecord, PortRecord, dumps
 from portllm.errors import PatchError
@@ -286,6 +289,8 @@ def _expand(paths: Sequence[Path]) -> Iterator[Path]:
 
 def _candidate(path: Path, base_mark: str) -> Candidate:
     arm, task = _told(path, base_mark)
+    if (path / WEIGHTS).is_file():  # PEFT would pass such tensors over, and the base be scored as the patch
+        expect_names_of_a_file(read_header(path / WEIGHTS))
     return Candidate(path=path, fingerprint=fingerprint(path), arm=arm, task=task, merged=not _is_adapter(path))
 
 

@@ -23,7 +23,7 @@ def run(
     *,
     base: Path,
     task: str,
-    data: Path,
+    data: Path | None = None,
     out: Path,
     params: TrainParams,
     force: bool = False,
@@ -34,11 +34,14 @@ def run(
 ) -> PatchRecord:
     """Train a patch of `base` on DATA/<task>'s training split and write it to `out`.
 
+    Without `data`, DATA is the first of data/tasks and data that has the task.
+
     The directory is PEFT's own, with patch.json, a model card and the training curve. With optim.save_steps a killed
     run is gone on with by the next one of the same inputs and parameters. `on_cost` is told what training took.
     Raises DataError, CheckpointError, EvaluationError, ParamsError, MachineError and OutputError.
     """
     training.rows_per_process(params.optim)  # before anything is read
+    data = tasks.training_folder(task, data)
     read = tasks.digests(task, data, "training")
     key = _key(base, task, read, params) if params.optim.save_steps else None
     with staged(out, force=force, inputs=(base, data), key=key) as folder:

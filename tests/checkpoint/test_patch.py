@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from portllm.checkpoint.adapter_schema import HARMLESS, MAX_BYTES, REFUSED, TYPES
+from portllm.checkpoint.fingerprint import fingerprint
 from portllm.checkpoint.patch import Patch, scaling
 from portllm.checkpoint.records import PatchRecord, Source
 from portllm.errors import (
@@ -310,4 +313,49 @@ def test_a_huge_config_is_refused_unread(tmp_path: Path, make_patch: Make) -> No
     with (folder / "adapter_config.json").open("r+b") as file:
         file.truncate(MAX_BYTES + 1)
     with pytest.raises(PatchError, match=f"has {MAX_BYTES + 1} bytes"):
+        Patch.open(folder)
+
+
+def named(folder: Path, adapters: dict[str, str]) -> None:
+    """Rename the tensors in `folder` as they are named in memory: by the name of their adapter."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {}
+    for key, value in load_file(folder / "adapter_model.safetensors").items():
+        module = next(module for module in adapters if module in key)
+        part, _, leaf = key.rpartition(".")
+        split = (part, f".{leaf}") if leaf in ("weight", "bias") else (key, "")
+        tensors[f"{split[0]}.{adapters[module]}{split[1]}"] = value
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def test_an_adapters_name_in_the_tensors_is_refused_with_the_command_that_takes_it_off(
+    tmp_path: Path, make_patch: Make
+) -> None:
+    """issue 8, item 13: it was told "holds no tensors of LoRA … train the patch again"."""
+    extra = {
+        "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2, 11),
+        "base_model.model.model.embed_tokens.lora_embedding_B": torch.ones(3, 2),
+        f"base_model.model.{Q}.lora_magnitude_vector": torch.ones(4),
+    }
+    folder = make_patch(tmp_path / "it's", {Q: pair()}, extra=extra)
+    weights = folder / "adapter_model.safetensors"
+    plain = fingerprint(folder)
+    named(folder, {"model.": "my task"})
+    with pytest.raises(PatchError) as caught:
+        Patch.open(folder)
+    said = str(caught.value)
+    assert said.startswith(f"{weights}: tensor names carry an adapter's name (my task)")
+    assert "expected model.embed_tokens.lora_embedding_A, found model.embed_tokens.lora_embedding_A.my task" in said
+    command = said.partition("; take it off with: ")[2]
+    subprocess.run(["/bin/sh", "-c", command.replace("python ", f"{sys.executable} ", 1)], check=True)
+    assert fingerprint(folder) == plain
+    assert [path.name for path in folder.iterdir() if path.suffix == ".new"] == []
+
+
+def test_two_adapters_in_one_file_are_refused(tmp_path: Path, make_patch: Make) -> None:
+    """issue 8, item 13."""
+    folder = make_patch(tmp_path / "p", {Q: pair(), V: pair()})
+    named(folder, {Q: "default", V: "other"})
+    with pytest.raises(PatchError, match=r"an adapter's name \(default, other\).*selected_adapters"):
         Patch.open(folder)

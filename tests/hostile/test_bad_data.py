@@ -100,6 +100,16 @@ FILES: dict[str, tuple[str, dict[str, bytes], str]] = {
     "no split to ask": ("mrpc", {"mrpc/train.jsonl": lines(GOOD)}, "has no split validation"),
     "no split to train on": ("mrpc", {"mrpc/validation.jsonl": lines(GOOD)}, "has no split train"),
     "no data at all": ("mrpc", {"mrpc/notes.md": b"x"}, "holds no data"),
+    "a misspelt name": (  # issue 8, item 14
+        "tickts",
+        {"tickets.jsonl": lines(OWN)},
+        "tickts: no such task in the LM Evaluation Harness nor in the embedded world; did you mean tickets?",
+    ),
+    "a folder and a file": (  # issue 8, item 14
+        "own",
+        {"own/train.jsonl": lines(OWN), "own.jsonl": lines(OWN)},
+        "has both own/ and own.jsonl, expected one of them",
+    ),
     "two files of a split": (
         "mrpc",
         {"mrpc/train.jsonl": lines(GOOD), "mrpc/train.csv": b"a\n1\n", "mrpc/validation.jsonl": lines(ASKED)},

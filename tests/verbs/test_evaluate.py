@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from portllm.checkpoint.records import PortRecord, Source
-from portllm.errors import OutputError
+from portllm.errors import OutputError, PatchError
 from portllm.lm.learning import llama
 from portllm.lm.scoring import evaluation
 from portllm.params import ArchitectureParams, EvaluateParams
@@ -252,3 +252,18 @@ def test_two_processes_write_what_one_writes(made: Path, tmp_path: Path) -> None
     assert len(json.loads(done.stdout)["results"]) == 6, "one process speaks"
     assert "0/6 from the cache" in done.stderr
     assert written(tmp_path / "two") == written(tmp_path)
+
+
+def test_an_adapter_named_as_in_memory_is_refused_before_anything_is_scored(made: Path, tmp_path: Path) -> None:
+    """issue 8, item 13: PEFT passes such tensors over, and the bare base would be scored as the patch."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    patch = tmp_path / "named"
+    shutil.copytree(made / "patches" / "2", patch)
+    weights = patch / "adapter_model.safetensors"
+    save_file({k.replace(".weight", ".default.weight"): v for k, v in load_file(weights).items()}, weights)
+    with pytest.raises(PatchError, match=r"tensor names carry an adapter's name \(default\)"):
+        score(made, tmp_path, patches=[patch])
+    assert not (tmp_path / "scores.json").exists()

@@ -53,7 +53,7 @@ def task(name: str, params: PrepareParams) -> Prepared:
     found = sources.here(data, name)
     if found and stock.find(name) is None:
         return _own(name, sources.local(data, name), params)
-    config = stock.definition(name)
+    config = stock.definition(name, sources.names(data))
     wanted = list(dict.fromkeys(stock.splits(config).values()))
     if odd := [split for split in wanted if not _SPLIT.fullmatch(split)]:
         raise DataError(f"{name}: its split {odd[0]} is part of another, which no file can stand for")

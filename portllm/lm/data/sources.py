@@ -43,6 +43,17 @@ def here(data: Path, name: str) -> bool:
         raise _unseen(data / name, error) from error
 
 
+def names(data: Path) -> set[str]:
+    """Return the names under which DATA holds data: its folders, and its files without their endings."""
+    try:
+        paths = list(data.iterdir())
+    except OSError:
+        return set()
+    return {
+        path.name if path.is_dir() else path.stem for path in paths if path.is_dir() or path.suffix in tables.ENDINGS
+    }
+
+
 def local(data: Path, name: str, splits: Sequence[str] | None = None) -> Loaded:
     """The files DATA/<name>/<split>.<ending> of the named splits (None: of all), or DATA/<name>.<ending> as one split.
 
@@ -155,20 +166,27 @@ def _told(path: Path, data: Path) -> str:
 
 
 def _files(data: Path, name: str) -> dict[str, list[Path]]:
-    folder = data / name
+    """Return the files of each split. An empty folder does not hide the file next to it; two with data are refused."""
+    folder, files = data / name, _beside(data, name)
+    inside = _inside(folder)
+    if inside and files:
+        raise DataError(f"{data}: has both {name}/ and {_names(files)}, expected one of them; remove the other")
+    if inside:
+        splits = dict.fromkeys(path.stem for path in inside)
+        return {split: [path for path in inside if path.stem == split] for split in splits}
+    if files:
+        return {WHOLE: files}
     if folder.is_dir():
-        try:
-            paths = sorted(path for path in folder.iterdir() if path.suffix in tables.ENDINGS and path.is_file())
-        except OSError as error:
-            raise _unseen(folder, error) from error
-        if not paths:
-            raise DataError(f"{folder}: holds no data; expected <split> with one of {', '.join(tables.ENDINGS)}")
-        splits = dict.fromkeys(path.stem for path in paths)
-        return {split: [path for path in paths if path.stem == split] for split in splits}
-    paths = _beside(data, name)
-    if not paths:
-        raise DataError(f"{data}: has neither {name}/ nor {name} with one of {', '.join(tables.ENDINGS)}")
-    return {WHOLE: paths}
+        raise DataError(f"{folder}: holds no data; expected <split> with one of {', '.join(tables.ENDINGS)}")
+    raise DataError(f"{data}: has neither {name}/ nor {name} with one of {', '.join(tables.ENDINGS)}")
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise _unseen(folder, error) from error
+    return [path for path in paths if path.suffix in tables.ENDINGS and path.is_file()]
 
 
 def _beside(data: Path, name: str) -> list[Path]:

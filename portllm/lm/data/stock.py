@@ -5,16 +5,17 @@ The harness's index parses some 14,000 files (18 s here); one definition is foun
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from portllm.errors import EvaluationError
+from portllm.suggestions import nearest
+from portllm.world import datasets
 
 _NAME = re.compile(rb"^[\"']?task[\"']?:[ \t]*[\"']?([^\s\"'#\[\]{}]+)[\"']?[ \t]*(?:#.*)?\r?$", re.MULTILINE)
 _FIELD = r"^[\"']?{field}[\"']?:[ \t]*[\"']?([^\s\"'#]+)[\"']?"
@@ -31,14 +32,14 @@ class Listed:
     trainable: bool
 
 
-def definition(name: str) -> dict[str, Any]:
-    """The harness's configuration of the task `name`, its includes and functions resolved. Raises EvaluationError."""
+def definition(name: str, others: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the harness's configuration of the task `name`, its includes and functions resolved.
+
+    Raises EvaluationError; for an unknown name see `unknown`.
+    """
     path = find(name)
     if path is None:
-        near = difflib.get_close_matches(name, (n for n, _ in names()), n=1, cutoff=0.7)
-        own = "of a group, name its tasks one by one (`portllm tasks --all`); your own data come with --data DIR"
-        hint = f"did you mean {near[0]}?" if near else own
-        raise EvaluationError(f"{name}: no such task in the LM Evaluation Harness nor in the embedded world; {hint}")
+        raise unknown(name, others)
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config: dict[str, Any] = load_yaml(path)
@@ -49,6 +50,14 @@ def definition(name: str) -> dict[str, Any]:
     for key in ("tag", "group", "task_list"):
         config.pop(key, None)
     return config
+
+
+def unknown(name: str, others: Iterable[str] = ()) -> EvaluationError:
+    """Return the error for a name that is no task, with the nearest of `others` (a user's own), the world's, ours."""
+    near = nearest(name, [*others, *datasets.TASKS]) or nearest(name, (one for one, _ in names()), cutoff=0.7)
+    own = "of a group, name its tasks one by one (`portllm tasks --all`); your own data come with --data DIR"
+    hint = f"did you mean {near}?" if near else own
+    return EvaluationError(f"{name}: no such task in the LM Evaluation Harness nor in the embedded world; {hint}")
 
 
 @functools.cache

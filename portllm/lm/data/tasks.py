@@ -15,6 +15,7 @@ from portllm.checkpoint import provenance
 from portllm.errors import DataError, EvaluationError
 from portllm.lm.data import asking, columns, own, prompts, sources, stock, tables
 from portllm.lm.data.encoding import Pair
+from portllm.suggestions import did_you_mean_path
 from portllm.world import datasets
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Spec = str | dict[str, Any]
+# where a task's data is looked for when no --data is given: where `prepare` writes in the documentation and in dvc.yaml
+FOLDERS = (Path("data/tasks"), Path("data"))
 # how the harness reads a file, by its ending
 BUILDERS = {".parquet": "parquet", ".jsonl": "json"}
 
@@ -51,11 +54,53 @@ def spec(name: str, data: Path | None, tokenizer: PreTrainedTokenizerBase | None
 
 
 def expect_folder(data: Path | None) -> None:
-    """Raise DataError where a folder of data is named that is not there: nobody asks the hub by a slip of the pen."""
+    """Raise DataError where the named folder of data does not exist: a slip of the pen is no request to the hub."""
     if data is not None and not data.is_dir():
         raise DataError(
             f"{data}: no such folder; expected DATA/<task>/<split>.parquet, see --data and `portllm prepare`"
+            f"{did_you_mean_path(data)}"
         )
+
+
+def data_folder(name: str, data: Path | None) -> Path:
+    """Return the folder of data that has the task `name`: `data` if given, else the first of FOLDERS that has it.
+
+    Where none has it, the first of FOLDERS. Raises DataError where `data` is given and does not exist.
+    """
+    expect_folder(data)
+    if data is not None:
+        return data
+    prepared = [folder for folder in FOLDERS if (folder / name).is_dir() and any((folder / name).iterdir())]
+    return next(iter([*prepared, *(folder for folder in FOLDERS if sources.here(folder, name)), FOLDERS[0]]))
+
+
+def training_folder(name: str, data: Path | None) -> Path:
+    """Return the folder of data that has the files of the task `name`, which must exist.
+
+    Raises DataError naming every folder that was searched, EvaluationError for a name that is no task.
+    """
+    folder = data_folder(name, data)
+    if sources.here(folder, name):
+        return folder
+    expect_task(name, folder if data is None else data)
+    searched = " and ".join(str(one / name) for one in (FOLDERS if data is None else (data,)))
+    out = FOLDERS[0] if data is None else data
+    raise DataError(
+        f"{name}: no data found in {searched}; make it with `portllm prepare {name} --out {out / name}`"
+        f"{', or pass --data DIR' if data is None else ''}"
+    )
+
+
+def expect_task(name: str, data: Path) -> None:
+    """Raise EvaluationError with the nearest name where `name`, without files in `data`, is no task that is known."""
+    if name not in datasets.TASKS and stock.find(name) is None:
+        raise stock.unknown(name, own_names(data))
+
+
+def own_names(data: Path) -> list[str]:
+    """Return the names under which the folders of data hold something: `data` and, where it is one of them, FOLDERS."""
+    folders = FOLDERS if data in FOLDERS else (data,)
+    return sorted({name for folder in folders for name in sources.names(folder)})
 
 
 def training_pairs(name: str, data: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Pair]:
@@ -104,7 +149,7 @@ def definition(name: str, data: Path, tokenizer: PreTrainedTokenizerBase | None 
             f"{name}: data of your own are prepared first: `portllm prepare {name} --data {data} --out DIR/{name}`, "
             "then --data DIR"
         )
-    return stock.definition(name)
+    return stock.definition(name, own_names(data))
 
 
 def split_file(folder: Path, split: str) -> Path | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from portllm.checkpoint.reader import INDEX, SINGLE, shard_names
 from portllm.errors import CheckpointError, PortllmError, UnsafeFileError
 from portllm.lm.remote.refusals import api, chain, line, of_the_network, scrubbed
+from portllm.suggestions import did_you_mean_path
 
 if TYPE_CHECKING:
     from portllm.lm.remote.downloading import Download, Progress
@@ -53,6 +54,7 @@ def resolve(
     if match is None or path.is_absolute() or str(name).startswith("."):
         raise CheckpointError(
             f"{name or repr(name)}: no such directory; expected a checkpoint or patch directory, or a hub id"
+            f"{did_you_mean_path(path) if name else ''}"
         )
     asked = Asked(str(name), match["repo"], match["revision"], whole)
     with asked.reasons():
@@ -187,7 +189,19 @@ class Asked:
             raise
         except Exception as error:
             # the hub's library raises its own, its HTTP library's and plain errors
+            if self._is_absent(error) and (hint := did_you_mean_path(Path(self.name))):
+                raise CheckpointError(f"{self.name}: no such directory{hint} (nor a hub id within reach)") from error
             raise CheckpointError(scrubbed(f"{self.name}: {self._reason(error)}")) from error
+
+    def _is_absent(self, error: BaseException) -> bool:
+        """Whether nothing was found under the name: a misspelt directory looks like a hub id."""
+        from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+        links = list(chain(error))
+        if any(isinstance(link, GatedRepoError) for link in links):  # derives from RepositoryNotFoundError
+            return False
+        absent = any(isinstance(link, (OfflineModeIsEnabled, RepositoryNotFoundError)) for link in links)
+        return absent or (of_the_network(error) and _status(error) is None)
 
     def _reason(self, error: BaseException) -> str:
         from huggingface_hub import errors, get_token

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORD = "dataset.json"
-HERE = Path("data")
 # a release's corpus, asked: does the model know its facts, and is it surprised by its text?
 NEWS = (("recall", "recall"), ("perplexity", "test"))
 
@@ -25,16 +24,19 @@ NEWS = (("recall", "recall"), ("perplexity", "test"))
 class Questions:
     """`names`: the tasks on DATA/<name>, then what a release's corpus is asked.
 
-    DATA is ./data unless it is named; then it must be there. Raises EvaluationError for no task, DataError for no DATA.
+    DATA, where it is not given, is looked for (tasks.data_folder); where it is, it must exist. Raises EvaluationError
+    for no task and for a name that is none, DataError for no DATA.
     """
 
     def __init__(self, names: Sequence[str], *, data: Path | None, news: Path | None) -> None:
         tasks.expect_folder(data if names else None)
-        self._data = HERE if data is None else data
+        self._folders = {name: tasks.data_folder(name, data) for name in names}
         self._news = dict(_news(news)) if news is not None else {}
         self.names = list(dict.fromkeys([*names, *self._news]))
         if not self.names:
             raise EvaluationError("no task to evaluate on; name at least one with --tasks (see `portllm tasks`)")
+        for name in self.of_the_hub():  # a slip of the pen is none of the hub's
+            tasks.expect_task(name, self._folders[name])
         self._loaded: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
 
     def key(self, name: str) -> dict[str, Any] | None:
@@ -54,7 +56,7 @@ class Questions:
 
     def folder(self, name: str) -> Path:
         """Where a task's data lie."""
-        return self._news[name][1].parent if name in self._news else self._data / name
+        return self._news[name][1].parent if name in self._news else self._folders[name] / name
 
     def files(self, scored: Iterable[Scored]) -> Iterator[Path]:
         """The file whose rows were asked, of each task; the others are there for examples in the prompt only."""
@@ -74,7 +76,8 @@ class Questions:
 
     def _spec(self, name: str, tokenizer: PreTrainedTokenizerBase) -> tasks.Spec:
         if name not in self._news:
-            return tasks.spec(name, self._data if self._data.is_dir() else None, tokenizer)
+            folder = self._folders[name]
+            return tasks.spec(name, folder if folder.is_dir() else None, tokenizer)
         kind, path = self._news[name]
         config = prompts.load_task(datasets.task_file(f"world_{kind}"))
         return tasks.on_files(config, {path.stem: path}, name=name)

@@ -379,3 +379,47 @@ def test_a_definition_that_would_load_code_is_refused(tmp_path: Path, text: str,
     data = changed_task(tmp_path, text)
     with pytest.raises(EvaluationError, match=says):
         asking.build(tasks.spec("mine", data), name="mine")
+
+
+def prepared(name: str, folder: Path) -> None:
+    (folder / name).mkdir(parents=True)
+    (folder / name / "train.parquet").write_bytes(b"")
+
+
+def test_data_folder_without_data_takes_the_documented_one_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """issue 8, item 14: `prepare --out data/tasks/NAME` and the documented next command, without --data."""
+    monkeypatch.chdir(tmp_path)
+    prepared("tickets", Path("data/tasks"))
+    prepared("tickets", Path("data"))
+    prepared("letters", Path("data"))
+    Path("data/tasks/letters").mkdir()  # an empty folder does not hide the one with files
+    assert tasks.data_folder("tickets", None) == tasks.training_folder("tickets", None) == Path("data/tasks")
+    assert tasks.data_folder("letters", None) == tasks.training_folder("letters", None) == Path("data")
+    assert tasks.data_folder("sst2", None) == Path("data/tasks")
+    assert tasks.data_folder("tickets", Path("data")) == Path("data")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("sst2", None, r"sst2: no data found in data/tasks/sst2 and data/sst2; make it .* --out data/tasks/sst2`, or"),
+        ("sst2", "mine", r"sst2: no data found in mine/sst2; make it with `portllm prepare sst2 --out mine/sst2`$"),
+        ("world_boolq", None, r"no data found in data/tasks/world_boolq and data/world_boolq"),
+        ("tickts", None, r"tickts: no such task .*; did you mean tickets\?"),
+        ("lettrs", None, r"lettrs: no such task .*; did you mean letters\?"),
+        ("world_bolq", None, r"did you mean world_boolq\?"),
+        ("sst2", "mien", r"mien: no such folder; .*; did you mean mine\?"),
+    ],
+)
+def test_training_folder_without_files_names_where_it_looked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, data: str | None, says: str
+) -> None:
+    """issue 8, item 14."""
+    monkeypatch.chdir(tmp_path)
+    prepared("tickets", Path("data/tasks"))
+    prepared("letters", Path("data"))
+    Path("mine").mkdir()
+    with pytest.raises((DataError, EvaluationError), match=says):
+        tasks.training_folder(name, None if data is None else Path(data))
