@@ -14,7 +14,7 @@ THERE := $(if $(PROFILE),cd '$(WORKSPACE)' && )
 export PATH := $(BIN):$(PATH)
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY) ## make .venv with the exact versions of constraints.txt
 
@@ -50,8 +50,14 @@ workspace: $(READY) ## make workspaces/NAME for PROFILE=NAME, where dvc and port
 	@printf '%s\n' /config.local /tmp /cache >'$(WORKSPACE)/.dvc/.gitignore'
 	@cd '$(WORKSPACE)' && dvc config cache.type reflink,hardlink,copy  # large files are not kept twice
 
+# One process for each core; tests that share what is slow to make stay together (tests/conftest.py has the groups).
+PYTEST := HF_HUB_OFFLINE=1 pytest -n auto --dist loadgroup --no-loadscope-reorder
+
 test: $(READY) ## run the tests
-	HF_HUB_OFFLINE=1 pytest
+	$(PYTEST)
+
+test-fast: $(READY) ## run the tests that take no more than a few seconds each
+	$(PYTEST) -m 'not slow'
 
 check: $(READY) ## lint, types and the architecture's laws
 	ruff check .
@@ -77,4 +83,4 @@ clean: ## remove caches and what make setup made (results and DVC's cache stay)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup repro doctor workspace test check seeds ui constraints clean
+.PHONY: help setup repro doctor workspace test test-fast check seeds ui constraints clean

@@ -1,16 +1,81 @@
-"""What every test may use: a private cache, and tiny checkpoints and patches made of given tensors."""
+"""What every test may use: folders of its own, and tiny checkpoints and patches made of given tensors."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+
+from tests import surroundings
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 11, "tie_word_embeddings": False}
 LORA = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "bias": "none"}
+# modules with limits in seconds
+TIMED = ("checkpoint/test_patterns.py", "tests/test_tracking.py", "verbs/test_doctor.py")
+WORKER_BYTES, MOST_WORKERS = 2 << 30, 8  # a worker with every library loaded; more of them gain little
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the run an environment of its own before any library is imported."""
+    worker = getattr(config, "workerinput", {}).get("workerid")
+    if worker is None:
+        config.pluginmanager.register(surroundings.UnchangedProject(config.rootpath))
+    config.pluginmanager.register(surroundings.Surroundings(worker=worker), "surroundings")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """Return the processes of `-n auto`: one for each core this process may use, while memory lasts."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    fitting = psutil.virtual_memory().available // WORKER_BYTES
+    return max(1, min(len(os.sched_getaffinity(0)), fitting, MOST_WORKERS))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of one module in one process, and those that measure time in one after another; slow ones first.
+
+    A module's fixtures are then made once. A folder's own conftest may choose other groups.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            module = item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group("timed" if module.endswith(TIMED) else module))
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def default_signals() -> Iterator[None]:
+    """Let signals reach this process and what it starts, also where the shell ignores them (`nohup make test &`)."""
+    before = surroundings.restore_signals()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Work outside the project, so that nothing lands there by default: an mlflow.db, a models/ of `--out models/…`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers() -> Iterator[None]:
+    """Kill what a test leaves running, so that no other test fails by it; the test that left it fails."""
+    before = surroundings.children()
+    yield
+    if left := surroundings.end(surroundings.children() - before):
+        pytest.fail(f"the test left processes running: {left}")
 
 
 @pytest.fixture(autouse=True)
