@@ -50,7 +50,7 @@ def prepare(dataset: str, out: Path, force: bool, opts: Common, **flags: Any) ->
       portllm prepare tickets --data mine --out data/tasks/tickets
       portllm prepare corpus_v1 --out data/corpora/v1 --seed 7
     """
-    from portllm.cli.lineage import of_dataset
+    from portllm.lineage import of_dataset
     from portllm.verbs import prepare as verb
 
     whole = params.load(opts.params_file)
