@@ -76,7 +76,7 @@ def check(section: Any, where: str, rules: Mapping[str, Rule]) -> None:
 
 
 def with_values(section: Section, values: Mapping[tuple[str, ...], Any], *, where: str) -> Section:
-    """Return `section` with the leaves at the given paths replaced; None leaves a value as it is. Raises ParamsError."""
+    """Return `section` with the leaves at the given paths replaced; None keeps a value. Raises ParamsError."""
     tree: dict[str, Any] = {}
     for (*groups, leaf), value in values.items():
         if value is not None:

@@ -59,7 +59,7 @@ def verify(
     opts = Common(params_file=None, cost=None, as_json=as_json)
     with stage("verify", name=f"verify {Path(folder).name}", section=None, opts=opts) as running:
         record = api.verify(
-            folder, onto=onto, patch=patch, source=source, sample=None if everything else sample or 8, seed=seed,
+            folder, onto=onto, patch=patch, from_=source, all=everything, sample=sample, seed=seed,
             on_progress=running.bytes,
         )  # fmt: skip
         running.finish(**of_verify(record))
