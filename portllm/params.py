@@ -8,20 +8,29 @@ that names the nearest known one.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from portllm import ranges
 from portllm.errors import ParamsError
-
-Section = TypeVar("Section")
+from portllm.parsing import BELOW_ONE, ONE, SHARE, ZERO, Rule, check, hint_of
+from portllm.parsing import as_tree as as_tree
+from portllm.parsing import override as override
+from portllm.parsing import parse as parse
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+SHOTS: Rule = ("a number of examples, or -1 for the task's own", lambda value: value >= -1)
+OPTIM: Mapping[str, Rule] = {
+    **dict.fromkeys(("batch_size", "gradient_accumulation", "logging_steps"), ONE),
+    **dict.fromkeys(("learning_rate", "epochs", "max_steps", "threads", "save_steps"), ZERO),
+    **dict.fromkeys(("weight_decay", "max_grad_norm"), ZERO),
+    **dict.fromkeys(("warmup_ratio", "beta1", "beta2"), BELOW_ONE),
+    "decay_ratio": SHARE,
+}
+LORA: Mapping[str, Rule] = {"r": ONE, "dropout": BELOW_ONE}
+EVALUATE: Mapping[str, Rule] = {**dict.fromkeys(("batch_size", "limit", "threads"), ZERO), "num_fewshot": SHOTS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +102,7 @@ class OptimParams:
     save_steps: int = 0
 
     def __post_init__(self) -> None:
-        ranges.hold(self, "optim", ranges.OPTIM)
+        check(self, "optim", OPTIM)
         if not (self.epochs or self.max_steps):
             raise ParamsError("optim.epochs and optim.max_steps are both 0; expected one of them above 0")
 
@@ -109,7 +118,7 @@ class LoraParams:
     use_rslora: bool = False
 
     def __post_init__(self) -> None:
-        ranges.hold(self, "lora", ranges.LORA)
+        check(self, "lora", LORA)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +175,7 @@ class EvolveParams:
     def recipe(self, release: str | None) -> ReleaseParams | None:
         """How `release` comes to be; None for no name. Raises ParamsError for a name without a recipe."""
         if release is not None and release not in self.releases:
-            known = _nearest(release, self.releases, "evolve.releases") if self.releases else "; pass --params FILE"
+            known = hint_of(release, self.releases, "evolve.releases") if self.releases else "; pass --params FILE"
             raise ParamsError(f"evolve.releases has no {release}{known}")
         return None if release is None else self.releases[release]
 
@@ -226,7 +235,7 @@ class EvaluateParams:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        ranges.hold(self, "evaluate", ranges.EVALUATE)
+        check(self, "evaluate", EVALUATE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,108 +302,3 @@ def load(path: Path | None) -> Params:
         text = " ".join(str(error).split())
         raise ParamsError(f"{path}: not valid YAML ({text}); mend the file") from error
     return parse(Params, tree if tree is not None else {}, where="", source=str(path))
-
-
-def override(section: Section, values: Mapping[str, Any], *, where: str) -> Section:
-    """`section` with some of its fields replaced, checked as if read from a file. Raises ParamsError."""
-    tree = {_key(name): value for name, value in as_tree(section).items()}
-    for key, value in values.items():
-        both_nested = isinstance(value, Mapping) and isinstance(tree.get(key), Mapping)
-        tree[key] = {**tree[key], **value} if both_nested else value
-    return parse(type(section), tree, where=where, source="params")
-
-
-def as_tree(section: Any) -> dict[str, Any]:
-    """A section as plain dicts and lists, with the keys params.yaml uses."""
-    if not dataclasses.is_dataclass(section):
-        raise TypeError(f"{section!r} is not a section")
-    return {_key(f.name): _plain(getattr(section, f.name)) for f in dataclasses.fields(section)}
-
-
-def parse(kind: type[Section], tree: Any, *, where: str, source: str) -> Section:
-    """`tree` (from YAML) as the dataclass `kind`. Raises ParamsError naming the key and the nearest known one."""
-    if not isinstance(tree, Mapping):
-        raise ParamsError(f"{source}: {where or 'the top level'} must be a mapping, found {_name(tree)}")
-    hints = get_type_hints(kind)
-    known = {_key(f.name): f for f in dataclasses.fields(typing.cast(Any, kind))}
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{where}.{key}" if where else str(key)
-        if key not in known:
-            raise ParamsError(f"{source}: unknown key {path}{_nearest(str(key), known, where)}")
-        values[known[key].name] = _convert(hints[known[key].name], value, where=path, source=source)
-    missing = [k for k, f in known.items() if f.name not in values and _required(f)]
-    if missing:
-        raise ParamsError(f"{source}: {where or 'the top level'} lacks {', '.join(missing)}; add it")
-    return kind(**values)
-
-
-def _convert(hint: Any, value: Any, *, where: str, source: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return parse(typing.cast(Any, hint), value, where=where, source=source)
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        inner = [a for a in get_args(hint) if a is not type(None)]
-        return None if value is None else _convert(inner[0], value, where=where, source=source)
-    if origin is Literal:
-        return _choice(get_args(hint), value, where=where, source=source)
-    if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
-        item = get_args(hint)[0]
-        return tuple(_convert(item, v, where=f"{where}[{i}]", source=source) for i, v in enumerate(value))
-    if origin is Mapping and isinstance(value, typing.Mapping):
-        item = get_args(hint)[1]
-        return {str(k): _convert(item, v, where=f"{where}.{k}", source=source) for k, v in value.items()}
-    return _scalar(hint, value, where=where, source=source)
-
-
-def _choice(choices: tuple[Any, ...], value: Any, *, where: str, source: str) -> Any:
-    if value not in choices:
-        raise ParamsError(f"{source}: {where} must be one of {', '.join(map(str, choices))}, found {value!r}")
-    return value
-
-
-def _scalar(hint: Any, value: Any, *, where: str, source: str) -> Any:
-    if hint is Any:
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):
-        # YAML 1.1 reads 1e-4 (no dot) as text; every user means the number
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    wanted = getattr(get_origin(hint) or hint, "__name__", str(hint))
-    wanted = {"tuple": "list", "Mapping": "mapping"}.get(wanted, wanted)
-    raise ParamsError(f"{source}: {where} must be a {wanted}, found {value!r}")
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return as_tree(value)
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
-
-
-def _nearest(key: str, known: Mapping[str, Any], where: str) -> str:
-    prefix = f"{where}." if where else ""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    if close:
-        return f"; did you mean {prefix}{close[0]}?"
-    return f"; known here: {', '.join(prefix + k for k in known)}"
-
-
-def _required(item: dataclasses.Field[Any]) -> bool:
-    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-
-
-def _key(name: str) -> str:
-    # a Python keyword such as `as` is spelt `as_` in the dataclass and `as` in the file
-    return name.rstrip("_")
-
-
-def _name(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -11,7 +11,7 @@ doctor.py     doctor
 options.py    flags generated from the sections of params.py, and those all verbs share
 running.py    progress, tracking, cost and the JSON object, shared by every command
 launching.py  the same command on all GPUs, by accelerate launch
-lineage.py    what each verb read and wrote, for the tracker
+
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
@@ -50,30 +50,18 @@ def prepare(dataset: str, out: Path, force: bool, opts: Common, **flags: Any) ->
       portllm prepare tickets --data mine --out data/tasks/tickets
       portllm prepare corpus_v1 --out data/corpora/v1 --seed 7
     """
-    from portllm.cli.lineage import of_dataset
+    from portllm.lineage import of_dataset
     from portllm.verbs import prepare as verb
 
-    whole = params.load(opts.params_file)
-    section = apply(whole.prepare, flags, where="prepare")
-    text = _text(whole, dataset.removeprefix(verb.CORPUS))
+    tree = params.load(opts.params_file)
+    section = apply(tree.prepare, flags, where="prepare")
     with stage("prepare", name=f"prepare {dataset}", section=section, opts=opts) as running:
-        record = verb.run(dataset=dataset, out=out, params=section, text=text, force=force)
+        record = verb.run(dataset=dataset, out=out, params=section, text=verb.text_of(tree, dataset), force=force)
         running.finish(**of_dataset(record, out))
         for name, count in record.decisions.items():
             running.note(f"{dataset}: {DECISIONS[name].format(count)}")
     rows = ", ".join(f"{n} {split}" for split, n in record.rows.items()) or "no"
     answer({"out": str(out), **dataclasses.asdict(record)}, as_json=opts.as_json, line=f"{out}: {rows} rows")
-
-
-def _text(whole: params.Params, release: str) -> Literal["world", "corpora", "none"]:
-    """Where the text of a release comes from: a real one (of the hub, say) is not trained on any."""
-    if release in whole.evolve.releases:
-        real = whole.evolve.releases[release].source is not None
-    else:
-        real = whole.fetch.source not in ("world", "scratch")
-    if real:
-        return "none"
-    return "world" if whole.fetch.source == "world" else "corpora"
 
 
 @click.command(short_help="The tasks known.")

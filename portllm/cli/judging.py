@@ -48,7 +48,7 @@ def verify(
       portllm verify me/my-ported-model --onto mistralai/Mistral-7B-v0.3 --patch me/my-patch
     """
     from portllm import api
-    from portllm.cli.lineage import of_verify
+    from portllm.lineage import of_verify
 
     if (onto is None) != (patch is None) or (source is not None and onto is None):
         raise click.UsageError("--onto and --patch go together, and --from goes with them.")
@@ -59,7 +59,7 @@ def verify(
     opts = Common(params_file=None, cost=None, as_json=as_json)
     with stage("verify", name=f"verify {Path(folder).name}", section=None, opts=opts) as running:
         record = api.verify(
-            folder, onto=onto, patch=patch, source=source, sample=None if everything else sample or 8, seed=seed,
+            folder, onto=onto, patch=patch, from_=source, all=everything, sample=sample, seed=seed,
             on_progress=running.bytes,
         )  # fmt: skip
         running.finish(**of_verify(record))
@@ -97,7 +97,7 @@ def report(
     Example:
       portllm report --params params.yaml --out results/report --force
     """
-    from portllm.cli.lineage import of_report
+    from portllm.lineage import of_report
     from portllm.verbs import report as verb
 
     whole = params.load(opts.params_file)
@@ -125,7 +125,7 @@ def register(ported: Path, results: Path, out: Path | None, opts: Common, **flag
       portllm register models/ported/v1/world_boolq --results results/evaluate/v1.json --name my-boolq
       portllm register models/ported/v1 --results results/evaluate/v1.json --name "portllm-{task}"
     """
-    from portllm.cli.lineage import candidates, of_register
+    from portllm.lineage import candidates, of_register
     from portllm.verbs import register as verb
 
     section = apply(params.load(opts.params_file).register, flags, where="register")

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 import click
 
-from portllm import params
 from portllm.cli.running import Common
+from portllm.parsing import leaves, with_values
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Section = TypeVar("Section")
 
 DIRECTORY = click.Path(path_type=Path)
+# joins a leaf's path to the name of a click parameter; no field's name holds two underscores
 SEPARATOR = "__"
-# a nested section whose flags carry no prefix: --learning-rate, not --optim-learning-rate
-PLAIN = "optim"
 
 
 def of_section(name: str, kind: type[Any], *, skip: tuple[str, ...] = ()) -> Callable[[Command], Command]:
-    """A decorator that gives a command one flag per field of the section `kind` (mappings and `skip` left out)."""
+    """Return a decorator that gives a command one flag per leaf of the section `kind` (`skip` left out)."""
 
     def decorate(command: Command) -> Command:
-        for dest, flag, hint, default in reversed(list(_leaves(kind, ()))):
-            if dest[0] in skip:
-                continue
-            key = ".".join((name, *dest))
-            option = click.option(
-                flag, SEPARATOR.join(dest), type=_type(hint), default=None, help=f"{key} [default: {default}]"
-            )
+        for leaf in reversed([leaf for leaf in leaves(kind) if leaf.path[0] not in skip]):
+            flag = f"{leaf.flag}/--no-{leaf.flag[2:]}" if leaf.hint is bool else leaf.flag
+            default = ",".join(leaf.default) if isinstance(leaf.default, tuple) else leaf.default
+            text = f"{'.'.join((name, *leaf.path))} [default: {default}]"
+            option = click.option(flag, SEPARATOR.join(leaf.path), type=_type(leaf.hint), default=None, help=text)
             command = option(command)
         return command
 
@@ -40,36 +36,8 @@ def of_section(name: str, kind: type[Any], *, skip: tuple[str, ...] = ()) -> Cal
 
 
 def apply(section: Section, flags: Mapping[str, Any], *, where: str) -> Section:
-    """`section` (from params.yaml or the defaults) with the flags that were given. Raises ParamsError."""
-    tree: dict[str, Any] = {}
-    for dest, value in flags.items():
-        if value is None:
-            continue
-        *groups, leaf = dest.split(SEPARATOR)
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[leaf] = value
-    return params.override(section, tree, where=where) if tree else section
-
-
-def _leaves(kind: type[Any], prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str, Any, Any]]:
-    hints = get_type_hints(kind)
-    for item in dataclasses.fields(kind):
-        hint, key = hints[item.name], item.name.rstrip("_")
-        if dataclasses.is_dataclass(hint):
-            yield from _leaves(cast(type[Any], hint), (*prefix, key))
-        elif get_origin(hint) is not Mapping:
-            words = [p for p in (*prefix, key) if p != PLAIN]
-            flag = "--" + "-".join(words).replace("_", "-")
-            yield (*prefix, key), f"{flag}/--no-{flag[2:]}" if hint is bool else flag, hint, _default(item)
-
-
-def _default(item: dataclasses.Field[Any]) -> Any:
-    made = item.default
-    if item.default_factory is not dataclasses.MISSING:
-        made = item.default_factory()
-    return ",".join(made) if isinstance(made, tuple) else made
+    """Return `section` (from params.yaml or the defaults) with the flags that were given. Raises ParamsError."""
+    return with_values(section, {tuple(dest.split(SEPARATOR)): value for dest, value in flags.items()}, where=where)
 
 
 def _type(hint: Any) -> Any:

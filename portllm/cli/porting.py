@@ -59,7 +59,7 @@ def port(
     """
     from portllm import api
     from portllm.cli import plans
-    from portllm.cli.lineage import of_port
+    from portllm.lineage import of_port
     from portllm.lm.remote.publishing import Destination
 
     if push_to_hub is None and (private or revision is not None):

@@ -56,7 +56,7 @@ def fetch(
       portllm fetch world --corpus data/corpora/v0 --out models/releases/v0
       portllm fetch scratch --corpus data/corpora/v0 --out my-v0 --vocab-size 4096 --max-steps 2000
     """
-    from portllm.cli.lineage import of_release
+    from portllm.lineage import of_release
     from portllm.verbs import fetch as verb
 
     section = apply(params.load(opts.params_file).fetch, {**flags, "source": source}, where="fetch")
@@ -101,7 +101,7 @@ def evolve(
     """
     from portllm.checkpoint.changes import summary
     from portllm.checkpoint.output import refuse
-    from portllm.cli.lineage import of_release
+    from portllm.lineage import of_release
     from portllm.verbs import evolve as verb
 
     section = apply(params.load(opts.params_file).evolve, flags, where="evolve")

@@ -55,7 +55,7 @@ def evaluate(
       portllm evaluate models/releases/v1 --patch models/ported/v1 --tasks world_boolq --data data/tasks --out v1.json
       portllm evaluate new-base --launch configs/accelerate/gpus-ddp.yaml --tasks boolq --out scores.json
     """
-    from portllm.cli.lineage import of_evaluation
+    from portllm.lineage import of_evaluation
     from portllm.verbs import evaluate as verb
 
     whole = params.load(opts.params_file)

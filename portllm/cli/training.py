@@ -42,7 +42,7 @@ def train(
       portllm train --base new-base --task world_sst2 --data data/tasks --out r4 --lora-r 4 --max-steps 100
       portllm train --launch configs/accelerate/gpus-ddp.yaml --base models/releases/v0 --task sst2 --out my-patch
     """
-    from portllm.cli.lineage import of_patch
+    from portllm.lineage import of_patch
     from portllm.verbs import train as verb
 
     section = apply(params.load(opts.params_file).train.for_task(task), flags, where="train")

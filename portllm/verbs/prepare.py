@@ -12,7 +12,7 @@ from portllm.checkpoint.records import DatasetRecord
 from portllm.errors import DataError
 from portllm.lm.data import corpora as real
 from portllm.lm.data import preparing, sources, tables
-from portllm.params import PrepareParams
+from portllm.params import Params, PrepareParams
 from portllm.world import corpora, datasets
 
 Rows = Sequence[Mapping[str, Any]]
@@ -43,6 +43,18 @@ def run(*, dataset: str, out: Path, params: PrepareParams, text: Text = "world",
         )
         record.write(folder)
     return record
+
+
+def text_of(params: Params, dataset: str) -> Text:
+    """Return where the text of the release in `corpus_<release>` comes from; none where a real model is taken as is."""
+    release = dataset.removeprefix(CORPUS)
+    if release in params.evolve.releases:
+        real = params.evolve.releases[release].source is not None
+    else:
+        real = params.fetch.source not in ("world", "scratch")
+    if real:
+        return "none"
+    return "world" if params.fetch.source == "world" else "corpora"
 
 
 def check(dataset: str, splits: Mapping[str, Rows], *, repeats: bool = False) -> None:

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from portllm import params
 from portllm.cli import data, main
 from portllm.params import EvolveParams, FetchParams, Params, ReleaseParams
+from portllm.verbs import prepare
 
 
 def whole(source: str, **releases: str | None) -> Params:
@@ -30,7 +31,7 @@ def whole(source: str, **releases: str | None) -> Params:
 )
 def test_a_release_is_given_the_text_it_is_trained_on(source: str, real: str | None, texts: dict[str, str]) -> None:
     one = whole(source, v1=real)
-    assert {release: data._text(one, release) for release in texts} == texts
+    assert {release: prepare.text_of(one, f"corpus_{release}") for release in texts} == texts
 
 
 def test_every_decision_is_told_in_words_that_take_its_count(tmp_path: Path) -> None:

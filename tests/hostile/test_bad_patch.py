@@ -149,7 +149,7 @@ TENSORS: dict[str, tuple[Spoil, str]] = {
     "a factor C": (has(f"{KEY}C.weight", 2, 8), f"{MODULE}.lora_C"),
     "a tensor of no module": (has("base_model.model.extra", 2), "base_model.model.extra"),
     "another prefix": (lambda b: b.rename(b.adapter, "base_model.model.", ""), "lora_A.weight"),
-    "an adapter's name": (lambda b: b.rename(b.adapter, "_A.weight", "_A.default.weight"), "an adapter's name (default)"),
+    "an adapter's name": (lambda b: b.rename(b.adapter, "_A.weight", "_A.default.weight"), "name (default)"),
     "a module without a name": (lambda b: lora(b, ""), ".lora_A"),
     "A of one axis": (has(f"{KEY}A.weight", 16), MODULE),
     "A of no axis": (has(f"{KEY}A.weight"), MODULE),

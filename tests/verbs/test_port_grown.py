@@ -85,7 +85,7 @@ def test_the_new_rows_come_along_and_the_old_bases_stay(tied: bool, tokens: list
 
     made(tmp_path, tied=tied, tokens=tokens)
     new, out = tmp_path / "new", tmp_path / "out"
-    portllm.port(tmp_path / "patch", onto=new, out=out, source=tmp_path / "old")
+    portllm.port(tmp_path / "patch", onto=new, out=out, from_=tmp_path / "old")
 
     ported = AutoModelForCausalLM.from_pretrained(out)
     assert_close(logits(ported), oracle(tmp_path, tied=tied), rtol=1e-4, atol=1e-4)
@@ -95,7 +95,7 @@ def test_the_new_rows_come_along_and_the_old_bases_stay(tied: bool, tokens: list
     config = json.loads((out / "config.json").read_text())
     assert (config["vocab_size"], config["tie_word_embeddings"]) == (NEW, tied)
     assert (HEAD in load_file(out / "model.safetensors")) == (not tied)
-    proven = portllm.verify(out, onto=new, patch=tmp_path / "patch", source=tmp_path / "old", sample=None)
+    proven = portllm.verify(out, onto=new, patch=tmp_path / "patch", from_=tmp_path / "old", all=True)
     assert proven.proof is not None
 
 
@@ -110,5 +110,5 @@ def test_an_adapter_cannot_carry_the_new_rows(tmp_path: Path) -> None:
     made(tmp_path, tied=True, tokens=TRAINED)
     with pytest.raises(UnsupportedPatchError, match="expected --as merged"):
         portllm.port(
-            tmp_path / "patch", onto=tmp_path / "new", out=tmp_path / "out", source=tmp_path / "old", as_="adapter"
+            tmp_path / "patch", onto=tmp_path / "new", out=tmp_path / "out", from_=tmp_path / "old", as_="adapter"
         )

@@ -86,7 +86,7 @@ def test_tied_weights_are_ported_as_peft_has_them(name: str, tmp_path: Path) -> 
     trained(tmp_path, tied=tied, **config)
     for output in ("merged", "adapter"):
         portllm.port(
-            tmp_path / "patch", onto=tmp_path / "new", out=tmp_path / output, source=tmp_path / "old", as_=output
+            tmp_path / "patch", onto=tmp_path / "new", out=tmp_path / output, from_=tmp_path / "old", as_=output
         )
     without_copies(tmp_path / "patch")
     expected = logits(tmp_path / "new", tmp_path / "patch")
@@ -98,7 +98,7 @@ def test_tied_weights_are_ported_as_peft_has_them(name: str, tmp_path: Path) -> 
 def test_what_lives_by_a_tie_needs_a_base_that_ties(name: str, tmp_path: Path) -> None:
     trained(tmp_path, tied=False, **REFUSED[name])
     with pytest.raises(UnmatchedModulesError, match=r"lm_head: .* does not tie them"):
-        portllm.port(tmp_path / "patch", onto=tmp_path / "new", out=tmp_path / "out", source=tmp_path / "old")
+        portllm.port(tmp_path / "patch", onto=tmp_path / "new", out=tmp_path / "out", from_=tmp_path / "old")
 
 
 @pytest.mark.parametrize(
@@ -116,5 +116,5 @@ def test_two_sides_of_one_weight_have_to_be_equal(config: dict[str, Any], side: 
     tensors[f"base_model.model.{side}"] += 1  # PEFT would keep whichever of the two it reads last
     save_file(tensors, path)
     with pytest.raises(UnsupportedPatchError, match="expected equal values of both"):
-        portllm.port(tmp_path / "patch", onto=tmp_path / "new", source=tmp_path / "old", out=tmp_path / "out")
+        portllm.port(tmp_path / "patch", onto=tmp_path / "new", from_=tmp_path / "old", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from portllm.checkpoint.records import PortRecord, Source
-from portllm.cli.lineage import candidates
 from portllm.errors import CheckpointError, EvaluationError, ParamsError
+from portllm.lineage import candidates
 from portllm.params import RegisterParams
 from portllm.verbs import register
 

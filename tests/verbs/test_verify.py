@@ -310,7 +310,7 @@ def test_on_the_command_line_and_in_python(world: World) -> None:
     assert "5 of 5 changed tensors" in plain.stdout
     for wrong in (["--patch", "p"], ["--all"], ["--onto", "b", "--patch", "p", "--all", "--sample", "3"]):
         assert CliRunner().invoke(main, ["verify", str(world.merged), *wrong]).exit_code == 2
-    assert portllm.verify(world.merged, onto=world.base, patch=world.patch, sample=None).proof is not None
+    assert portllm.verify(world.merged, onto=world.base, patch=world.patch, all=True).proof is not None
     flip(world.merged / "config.json", 3)
     broken = CliRunner().invoke(main, ["--no-track", *words])
     assert (broken.exit_code, broken.stdout) == (1, "")
