@@ -105,7 +105,7 @@ def report(
     with stage("report", name="report", section=whole.report, opts=opts) as running:
         record = verb.run(
             params=whole, models=models, evaluated=results / "evaluate", costs=results / "cost",
-            out=out, metrics=metrics, plots=plots, force=force,
+            out=out, metrics=metrics, plots=plots, force=force, on_note=running.note,
         )  # fmt: skip
         running.finish(**of_report(record, out, metrics))
     answer(dataclasses.asdict(record), as_json=opts.as_json, line=f"{record.headline}\n{out / 'report.html'}")
