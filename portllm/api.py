@@ -305,6 +305,7 @@ def report(
     return verb.run(
         params=dataclasses.replace(tree, report=section), models=Path(models), evaluated=Path(results) / "evaluate",
         costs=Path(results) / "cost", out=Path(out), metrics=Path(metrics), plots=Path(plots), force=force,
+        on_note=_note,
     )  # fmt: skip
 
 
@@ -322,17 +323,20 @@ def register(
     MLFLOW_TRACKING_URI, else of mlflow.db in the working directory; the call is recorded there as a run, as the
     command's. Raises PortllmError, TrackingError where the registry refuses.
     """
-    from portllm.lineage import candidates, of_register
+    from portllm.lineage import of_register, version_requests
     from portllm.tracking import track
     from portllm.verbs import register as verb
 
     ported, results = Path(ported), Path(results)
-    _, section = section_of(params, "register", sections.RegisterParams, options)
-    record = verb.run(ported=ported, results=results, params=section, out=_path(out))
-    tree = sections.as_tree(section)
-    with track("register", name=f"register {results.stem}", params=tree, root=Path(), warn=_note) as tracker:
+    tree, section = section_of(params, "register", sections.RegisterParams, options)
+    record = verb.run(
+        ported=ported, results=results, params=section, tasks=tree.tasks, releases=tree.releases, out=_path(out),
+        on_note=_note,
+    )  # fmt: skip
+    flat = sections.as_tree(section)
+    with track("register", name=f"register {results.stem}", params=flat, root=Path(), warn=_note) as tracker:
         if record.accepted:
-            tracker.register(candidates(record, ported))
+            tracker.register(version_requests(record, ported), decisions=_path(out))
         tracker.finish(**of_register(record, ported, _path(out)))
     return Registration(record, tracker.registered)
 

@@ -1,4 +1,4 @@
-"""What each verb read and wrote, told to the tracker from the verb's record."""
+"""What each verb read and wrote, for the tracker, taken from the verb's record."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from portllm.checkpoint.provenance import digests, public_name
 from portllm.checkpoint.records import DatasetRecord, PatchRecord, PortRecord, ReleaseRecord, Source
-from portllm.tracking import Artifact, Candidate, Dataset
+from portllm.tracking import Artifact, Dataset, VersionRequest
 
 if TYPE_CHECKING:
     from portllm.verbs.evaluate import Evaluation
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from portllm.verbs.report import ReportRecord
     from portllm.verbs.verify import VerifyRecord
 
-Told = dict[str, Any]
+Result = dict[str, Any]
 # set by `dvc exp run` for the commands of its stages
 DVC_EXPERIMENT = "DVC_EXP_NAME"
 
 
-def of_dataset(record: DatasetRecord, out: Path) -> Told:
-    """A dataset was written."""
+def of_dataset(record: DatasetRecord, out: Path) -> Result:
+    """Return the result of prepare: a dataset."""
     return {
         "metrics": {f"rows_{split}": rows for split, rows in record.rows.items()},
         "writes": [_dataset(out, split, digest) for split, digest in record.digests.items()],
     }
 
 
-def of_release(record: ReleaseRecord, out: Path) -> Told:
-    """A checkpoint was written, from data and perhaps from the release before, or taken from elsewhere."""
+def of_release(record: ReleaseRecord, out: Path) -> Result:
+    """Return the result of fetch or evolve: a checkpoint, from data, the release before it, or another source."""
     return {
         "metrics": {**record.metrics, **{f"probe_{task}": share for task, share in record.probe.items()}},
         "reads": [
@@ -45,8 +45,8 @@ def of_release(record: ReleaseRecord, out: Path) -> Told:
     }
 
 
-def of_patch(record: PatchRecord, out: Path) -> Told:
-    """A patch was trained on a base and a task's data."""
+def of_patch(record: PatchRecord, out: Path) -> Result:
+    """Return the result of train: a patch, from a base and a task's data."""
     return {
         "metrics": record.metrics,
         "reads": [*_sources("checkpoint", record.base), *_files(record.data)],
@@ -57,8 +57,8 @@ def of_patch(record: PatchRecord, out: Path) -> Told:
     }
 
 
-def of_port(record: PortRecord, out: Path) -> Told:
-    """A patch was put onto a base."""
+def of_port(record: PortRecord, out: Path) -> Result:
+    """Return the result of port: a patch on another base."""
     counts = {f"modules_{k}": v for k, v in record.modules.items()} | {
         f"tensors_{k}": v for k, v in record.tensors.items()
     }
@@ -71,32 +71,32 @@ def of_port(record: PortRecord, out: Path) -> Told:
     }
 
 
-def of_verify(record: VerifyRecord) -> Told:
-    """A ported directory was proven to be what it says it is."""
-    proof, marks = record.proof, record.record
+def of_verify(record: VerifyRecord) -> Result:
+    """Return the result of verify: a ported directory that is what its record states."""
+    proof, port = record.proof, record.record
     counts = {"identical": proof.identical, "recomputed": len(proof.recomputed)} if proof is not None else {}
     return {
-        "metrics": {"files": len(marks.files), **{f"tensors_{kind}": count for kind, count in counts.items()}},
+        "metrics": {"files": len(port.files), **{f"tensors_{kind}": count for kind, count in counts.items()}},
         "reads": [
-            *([Artifact("ported", record.folder, marks.fingerprint)] if marks.fingerprint else []),
-            *_sources("checkpoint", marks.base),
-            *_sources("patch", marks.patch),
+            *([Artifact("ported", record.folder, port.fingerprint)] if port.fingerprint else []),
+            *_sources("checkpoint", port.base),
+            *_sources("patch", port.patch),
         ],
-        "tags": {"portllm.task": marks.task or ""},
+        "tags": {"portllm.task": port.task or ""},
     }
 
 
-def of_evaluation(result: Evaluation, out: Path) -> Told:
-    """A release and its patches were scored."""
+def of_evaluation(result: Evaluation, out: Path) -> Result:
+    """Return the result of evaluate: scores of a release and of patches on it."""
     scores = {
         f"{c.task}/{c.arm}/{c.patch_task or 'bare'}/{key}": v for c in result.cells for key, v in c.metrics.items()
     }
-    marks = {c.patch: c.patch_fingerprint for c in result.cells if c.patch and c.patch_fingerprint}
+    patches = {c.patch: c.patch_fingerprint for c in result.cells if c.patch and c.patch_fingerprint}
     return {
         "metrics": scores,
         "reads": [
             Artifact("checkpoint", result.model, result.fingerprint),
-            *(Artifact("patch", name, mark) for name, mark in marks.items()),
+            *(Artifact("patch", name, fingerprint) for name, fingerprint in patches.items()),
             *_files(result.data),
         ],
         "writes": [Artifact("result", public_name(out), *digests([out]).values())],
@@ -105,8 +105,8 @@ def of_evaluation(result: Evaluation, out: Path) -> Told:
     }
 
 
-def of_report(record: ReportRecord, out: Path, metrics: Path) -> Told:
-    """Everything was put side by side."""
+def of_report(record: ReportRecord, out: Path, metrics: Path) -> Result:
+    """Return the result of report: all arms in one page."""
     return {
         "metrics": _flat(record.metrics),
         "writes": [Artifact("result", public_name(metrics), *digests([metrics]).values())],
@@ -114,22 +114,22 @@ def of_report(record: ReportRecord, out: Path, metrics: Path) -> Told:
     }
 
 
-def of_register(record: RegisterRecord, ported: Path, out: Path | None) -> Told:
-    """A release's ported models were judged, and the accepted ones handed to the registry."""
-    judged = {f"{d.task}/ported": d.ported_score for d in record.decisions}
-    bare = {f"{d.task}/base": d.base_score for d in record.decisions}
+def of_register(record: RegisterRecord, ported: Path, out: Path | None) -> Result:
+    """Return the result of register: the decisions on one release's ported models."""
+    scores = {f"{d.task}/ported": d.ported_score for d in record.decisions}
+    scores |= {f"{d.task}/base": d.base_score for d in record.decisions}
     return {
-        "metrics": {**judged, **bare, "accepted": len(record.accepted)},
+        "metrics": {**scores, "accepted": len(record.accepted)},
         "reads": [Artifact("ported", _checkpoint(ported, d).as_posix(), d.fingerprint) for d in record.decisions],
         "artifacts": [out] if out else [],
     }
 
 
-def candidates(record: RegisterRecord, ported: Path) -> list[Candidate]:
-    """The accepted models, as the registry takes them; a DVC experiment's never take the alias away."""
+def version_requests(record: RegisterRecord, ported: Path) -> list[VersionRequest]:
+    """Return the accepted models as requests to the registry; those of a DVC experiment request no alias."""
     alias = None if DVC_EXPERIMENT in os.environ else record.alias
     return [
-        Candidate(
+        VersionRequest(
             name=d.name,
             checkpoint=_checkpoint(ported, d),
             release=record.release,
@@ -146,7 +146,7 @@ def candidates(record: RegisterRecord, ported: Path) -> list[Candidate]:
 
 
 def _checkpoint(ported: Path, decision: Decision) -> Path:
-    # `ported` is the one model itself, or the directory it stands in
+    # `ported` is the one model itself, or the directory that contains it
     return ported if (ported / PortRecord.FILE).is_file() else ported / Path(decision.path).name
 
 

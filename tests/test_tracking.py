@@ -19,8 +19,8 @@ import pytest
 
 from portllm.errors import TrackingError
 from portllm.params import LoraParams
-from portllm.tracking import Artifact, Candidate, Dataset, ancestry, descendants, lineage, store, track
-from portllm.tracking.messages import clean, flatten, in_alphabet, plain
+from portllm.tracking import Artifact, Dataset, VersionRequest, ancestry, descendants, lineage, registry, store, track
+from portllm.tracking.messages import clean, flatten, in_alphabet, one_line, plain
 
 pytestmark = [
     # MLflow's models are written for pydantic 1 and 2, and sqlite3's default adapters are deprecated in Python 3.12
@@ -96,7 +96,7 @@ def project(tmp_path_factory, checkpoint):
             artifacts=[report, report / "report.md"],
             tags={"portllm.task": "world_boolq"},
         )
-        stage("register").register([_candidate(checkpoint)])
+        stage("register").register([_request(checkpoint)])
     return root
 
 
@@ -197,7 +197,7 @@ def test_a_registered_adapter_loads_over_the_base_it_is_given(tmp_path, checkpoi
         if "lora_B" in name:
             torch.nn.init.normal_(weight)
     patched.save_pretrained(tmp_path / "adapter")
-    one = dataclasses.replace(_candidate(tmp_path / "adapter"), name="patched")
+    one = dataclasses.replace(_request(tmp_path / "adapter"), name="patched")
     with track("register", name="register", params={}, root=tmp_path) as tracker:
         tracker.register([one])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.tracking_uri(tmp_path))
@@ -216,7 +216,7 @@ def test_a_registered_adapter_loads_over_the_base_it_is_given(tmp_path, checkpoi
 def test_versions_repeat_nothing_and_the_alias_stays_with_the_newest_release(project, checkpoint, client):
     marks = {"v1": "e1", "v10": "ea", "v9": "e9"}
     with track("register", name="register", params={}, root=project) as tracker:
-        tracker.register([_candidate(checkpoint, release=name, ported=mark * 32) for name, mark in marks.items()])
+        tracker.register([_request(checkpoint, release=name, ported=mark * 32) for name, mark in marks.items()])
     again, newer, older = tracker.registered
     assert (again.version, again.created) == ("1", False)
     assert (newer.version, newer.created, newer.aliases) == ("2", True, ["champion"])
@@ -227,6 +227,74 @@ def test_versions_repeat_nothing_and_the_alias_stays_with_the_newest_release(pro
     logged = client.get_logged_model(version.source.removeprefix("models:/"))
     assert {(one.key, one.value) for one in logged.metrics} == {("world_boolq/acc", 0.9)}
     assert not list((project / "mlartifacts").rglob("*.pkl"))
+
+
+def test_register_an_existing_version_with_another_alias_sets_the_alias(project, checkpoint, client):
+    """Issue 8, item 6."""
+    request = dataclasses.replace(_request(checkpoint), name="aliased")
+    for alias, is_new in (("champion", True), ("staging", False)):
+        with track("register", name="register", params={}, root=project) as tracker:
+            tracker.register([dataclasses.replace(request, alias=alias)])
+        (version,) = tracker.registered
+        assert (version.version, version.created) == ("1", is_new)
+    assert version.aliases == ["champion", "staging"]
+    assert str(client.get_model_version_by_alias("aliased", "staging").version) == version.version
+
+
+def test_register_an_older_release_says_that_the_alias_stays(project, checkpoint):
+    """Issue 8, item 6: an alias that is not set is reported."""
+    newer = dataclasses.replace(_request(checkpoint, release="v2", ported="22" * 32), name="two-releases")
+    older = dataclasses.replace(_request(checkpoint, release="v1", ported="11" * 32), name="two-releases")
+    with track("register", name="register", params={}, root=project) as tracker:
+        tracker.register([newer, older, older])
+    notes = [version.note for version in tracker.registered]
+    assert notes == ["", *["the alias champion stays on version 1, which is of the later release v2"] * 2]
+    assert [version.aliases for version in tracker.registered] == [["champion"], [], []]
+
+
+def test_register_twice_at_once_creates_one_version(project, checkpoint, client):
+    """Issue 8, item 7."""
+    request = dataclasses.replace(_request(checkpoint), name="at-once")
+    with contextlib.ExitStack() as stages:
+        trackers = [
+            stages.enter_context(track("register", name=f"register {i}", params={}, root=project)) for i in range(2)
+        ]
+        for tracker in trackers:  # both recorders work now; leaving the block waits for them
+            tracker.register([request])
+    versions = [tracker.registered[0] for tracker in trackers]
+    assert sorted((version.version, version.created) for version in versions) == [("1", False), ("1", True)]
+    assert len(client.search_model_versions("name = 'at-once'")) == 1
+
+
+def test_register_on_two_machines_at_once_keeps_the_first_version(project, checkpoint, client):
+    """Issue 8, item 7: a lock does not reach a second machine that uses the same server."""
+    request = {**dataclasses.asdict(_request(checkpoint)), "name": "two-machines", "checkpoint": str(checkpoint)}
+    run_id = client.create_run(client.get_experiment_by_name(store.EXPERIMENT).experiment_id).info.run_id
+
+    class OtherMachineFirst:
+        """A client during whose first search another machine creates the version."""
+
+        def __init__(self):
+            self.searches = 0
+
+        def __getattr__(self, name):
+            return getattr(client, name)
+
+        def search_model_versions(self, query):
+            self.searches += 1
+            versions = client.search_model_versions(query)
+            if self.searches == 1:
+                list(registry.register(client, run_id, [request], registry_uri="the other machine's lock"))
+            return versions
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (version,) = registry.register(OtherMachineFirst(), run_id, [request], registry_uri="this machine's lock")
+    assert (version.version, version.created, version.aliases) == ("1", False, ["champion"])
+    (left,) = client.search_model_versions("name = 'two-machines'")
+    models = [one.model_id for one in client.search_logged_models([client.get_run(run_id).info.experiment_id])]
+    assert left.source.removeprefix("models:/") in models
+    assert len([one for one in models if client.get_logged_model(one).name.startswith("two-machines")]) == 1
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])
@@ -297,11 +365,33 @@ def test_a_server_that_is_down_costs_one_line_and_no_result(tmp_path, monkeypatc
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_a_registry_that_is_down_is_an_error(tmp_path, monkeypatch, unused_port):
+@pytest.mark.parametrize("decisions", [Path("v1.json"), None])
+def test_a_registry_that_is_down_is_an_error(tmp_path, monkeypatch, unused_port, decisions):
+    """Issue 8, item 11: the decisions are mentioned where they were written, and MLflow's reason is not cut off."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{unused_port}")
-    with pytest.raises(TrackingError, match="not registered in MLflow: .*; the decisions are on disk"):  # noqa: PT012, SIM117
+    with pytest.raises(TrackingError, match="not registered in MLflow: ") as caught:  # noqa: PT012, SIM117
         with track("register", name="register", params={}, root=tmp_path) as tracker:
-            tracker.register([_candidate(tmp_path)])
+            tracker.register([_request(tmp_path)], decisions=decisions)
+    text = str(caught.value)
+    assert "Connection refused" in text
+    assert text.endswith("run register again")
+    assert ("the decisions are in v1.json" in text) == (decisions is not None)
+
+
+def test_register_names_what_was_registered_before_an_error(project, checkpoint):
+    """Issue 8, item 11: "not registered" is not all that a user must know where one of two models is."""
+    good, bad = (dataclasses.replace(_request(checkpoint), name=name) for name in ("half-done", "no/name"))
+    with pytest.raises(TrackingError, match="'no/name' cannot name .*; half-done version 1 is registered; run"):  # noqa: PT012, SIM117
+        with track("register", name="register", params={}, root=project) as tracker:
+            tracker.register([good, bad])
+
+
+def test_one_line_keeps_the_start_and_the_end_of_a_long_error():
+    """Issue 8, item 11."""
+    line = one_line(f"API request to http://server failed: {'retry ' * 400}\n Errno 111: Connection refused")
+    assert line.startswith("API request to http://server failed")
+    assert line.endswith("Errno 111: Connection refused")
+    assert len(line) < 700
 
 
 def test_a_stage_that_fails_is_not_blamed_on_the_registry(tmp_path, monkeypatch):
@@ -311,7 +401,7 @@ def test_a_stage_that_fails_is_not_blamed_on_the_registry(tmp_path, monkeypatch)
         pytest.raises(KeyError),
         track("register", name="register", params={}, root=tmp_path, warn=said.append) as tracker,
     ):
-        tracker.register([_candidate(tmp_path)])
+        tracker.register([_request(tmp_path)])
         raise KeyError
     assert len(said) == 1
 
@@ -346,7 +436,7 @@ def test_tracking_that_is_off_starts_nothing(tmp_path, monkeypatch):
         tracker.metrics(1, {"loss": 1.0})
         tracker.finish(metrics={"loss": 1.0})
         with pytest.raises(TrackingError, match="tracking is off"):
-            tracker.register([_candidate(tmp_path)])
+            tracker.register([_request(tmp_path)])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -439,8 +529,8 @@ def _ends(process, within_seconds):
     return False
 
 
-def _candidate(folder, release="v1", ported=PORTED.fingerprint):
-    return Candidate(
+def _request(folder, release="v1", ported=PORTED.fingerprint):
+    return VersionRequest(
         name=MODEL,
         checkpoint=folder,
         release=release,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from portllm.tracking import Candidate, Dataset, store, track
+from portllm.tracking import Dataset, VersionRequest, store, track
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
@@ -110,7 +110,7 @@ def _run_pipeline(root: Path) -> None:
     checkpoint = root / "models/ported/v1/world_boolq"
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.json").write_text("{}\n")
-    candidate = Candidate(
+    candidate = VersionRequest(
         name=MODEL, checkpoint=checkpoint, release="v1", task="world_boolq", ported="e1" * 32, alias="champion",
         metrics={"acc,none": 0.9, "base acc,none": 0.5}, description="ported 0.9000 is above base 0.5000",
     )  # fmt: skip

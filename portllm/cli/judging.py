@@ -1,4 +1,4 @@
-"""verify, report, register, fingerprint: proofs, tables, the registry, identity."""
+"""verify, report, register, fingerprint: proofs, tables, the model registry, identity."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def report(
     with stage("report", name="report", section=whole.report, opts=opts) as running:
         record = verb.run(
             params=whole, models=models, evaluated=results / "evaluate", costs=results / "cost",
-            out=out, metrics=metrics, plots=plots, force=force,
+            out=out, metrics=metrics, plots=plots, force=force, on_note=running.note,
         )  # fmt: skip
         running.finish(**of_report(record, out, metrics))
     answer(dataclasses.asdict(record), as_json=opts.as_json, line=f"{record.headline}\n{out / 'report.html'}")
@@ -125,25 +125,36 @@ def register(ported: Path, results: Path, out: Path | None, opts: Common, **flag
       portllm register models/ported/v1/world_boolq --results results/evaluate/v1.json --name my-boolq
       portllm register models/ported/v1 --results results/evaluate/v1.json --name "portllm-{task}"
     """
-    from portllm.lineage import candidates, of_register
+    from portllm.lineage import of_register, version_requests
     from portllm.verbs import register as verb
 
-    section = apply(params.load(opts.params_file).register, flags, where="register")
-    record = verb.run(ported=ported, results=results, params=section, out=out)
+    tree = params.load(opts.params_file)
+    section = apply(tree.register, flags, where="register")
+    notes: list[str] = []
+    record = verb.run(
+        ported=ported, results=results, params=section, tasks=tree.tasks, releases=tree.releases, out=out,
+        on_note=notes.append,
+    )  # fmt: skip
+    # a wrong input ends before the stage, which creates mlflow.db
     with stage("register", name=f"register {results.stem}", section=section, opts=opts, always=True) as running:
+        for note in notes:
+            running.note(note)
         if record.accepted:
-            running.tracker.register(candidates(record, ported))
+            running.tracker.register(version_requests(record, ported), decisions=out)
         running.finish(**of_register(record, ported, out))
-    versions = {one.name: one for one in running.tracker.registered}
-    lines = [f"{d.name}: {_version(versions.get(d.name))} ({d.reason})" for d in record.decisions]
-    told = {**dataclasses.asdict(record), "registered": [dataclasses.asdict(v) for v in versions.values()]}
-    answer(told, as_json=opts.as_json, line="\n".join(lines))
+    versions = {version.name: version for version in running.tracker.registered}
+    lines = [f"{d.name}: {_registration(versions.get(d.name))} ({d.reason})" for d in record.decisions]
+    result = {**dataclasses.asdict(record), "registered": [dataclasses.asdict(v) for v in versions.values()]}
+    answer(result, as_json=opts.as_json, line="\n".join(lines) or "nothing to register")
 
 
-def _version(one: Registered | None) -> str:
-    if one is None:
+def _registration(version: Registered | None) -> str:
+    if version is None:
         return "not registered"
-    return f"version {one.version}" if one.created else f"version {one.version} already"
+    state = "" if version.created else " already"
+    aliases = f", {', '.join(version.aliases)}" if version.aliases else ""
+    note = f"; {version.note}" if version.note else ""
+    return f"version {version.version}{state}{aliases}{note}"
 
 
 @click.command(short_help="The identity of a checkpoint's or patch's tensors.")

@@ -1,11 +1,14 @@
-"""The results on disk, read and checked: evaluations with their samples, costs, histories, release records."""
+"""The results on disk, read and checked: evaluations with their samples, costs, histories, release records.
+
+Only what belongs to the tasks and releases of params.yaml is read; `orphans` names the rest.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,17 +73,31 @@ class Evidence:
 
 
 def read(*, params: Params, models: Path, evaluated: Path, costs: Path) -> Evidence:
-    """All results of `params.releases` × `params.tasks`. Raises DataError naming the file and its stage."""
+    """Return all results of `params.releases` × `params.tasks`. Raises DataError naming the file and its stage."""
     if not params.releases or not params.tasks:
         raise DataError("params: releases and tasks must each name at least one to report on; fill them in")
     first = params.releases[0]
     return Evidence(
         releases=params.releases,
         tasks=params.tasks,
-        evaluations={name: read_evaluation(evaluated, name, first=name == first) for name in params.releases},
+        evaluations={
+            name: read_evaluation(evaluated, name, first=name == first, tasks=params.tasks) for name in params.releases
+        },
         records={name: _release_record(models / "releases" / name) for name in params.releases},
         curves=tuple(_curves(models / "patches", params)),
-        costs=tuple(read_cost(path) for path in sorted(costs.rglob("*.json"))),
+        costs=tuple(cost for path in sorted(costs.rglob("*.json")) if _is_named(cost := read_cost(path), params)),
+    )
+
+
+def orphans(*, params: Params, models: Path, evaluated: Path) -> tuple[Path, ...]:
+    """Return the patches, ported models, releases and evaluations on disk that `params` names no more."""
+    releases = (path for path in (models / "releases").glob("[!.]*") if path.is_dir())
+    rows = (path for kind in ("patches", "ported") for path in (models / kind).glob("[!.]*/[!.]*") if path.is_dir())
+    files = evaluated.glob("[!.]*.json")
+    return (
+        *(path for path in sorted(releases) if path.name not in params.releases),
+        *(p for p in sorted(rows) if p.parent.name not in params.releases or p.name not in params.tasks),
+        *(path for path in sorted(files) if path.stem not in params.releases),
     )
 
 
@@ -89,14 +106,16 @@ def missing(path: Path, stage: str) -> DataError:
     return DataError(f"{path}: not found; the stage {stage} makes it, run `dvc repro {stage}`")
 
 
-def read_evaluation(folder: Path, release: str, *, first: bool) -> Evaluation:
-    """`folder`/`release`.json with its samples. Raises DataError."""
+def read_evaluation(folder: Path, release: str, *, first: bool, tasks: Collection[str]) -> Evaluation:
+    """Return `folder`/`release`.json with its samples, without patches for other than `tasks`. Raises DataError."""
     path = folder / f"{release}.json"
     tree = _json(path, "evaluate")
     metrics: dict[Key, Mapping[str, float]] = {}
     counts: dict[Key, int] = {}
     try:
         for row in tree["results"]:
+            if (row["patch_task"] or None) not in (None, *tasks):
+                continue
             key = _key(row["task"], row["arm"], row["patch_task"], first=first)
             if key in metrics:
                 raise DataError(f"{path}: two results for {_spell(key)}; run `dvc repro evaluate` again")
@@ -165,6 +184,10 @@ def _key(task: str, arm: str, patch_task: str | None, *, first: bool) -> Key:
 def _spell(key: Key) -> str:
     task, arm, patch_task = key
     return f"{task}, arm {arm}" + (f", patch for {patch_task}" if patch_task else "")
+
+
+def _is_named(cost: Cost, params: Params) -> bool:
+    return cost.release in (None, *params.releases) and cost.task in (None, *params.tasks)
 
 
 def _release_record(folder: Path) -> ReleaseRecord | None:

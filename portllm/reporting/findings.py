@@ -90,7 +90,11 @@ def find(evidence: Evidence, *, params: Params, models: Path) -> Findings:
         releases=evidence.releases,
         tasks=evidence.tasks,
         probe_threshold=params.report.probe_threshold,
-        probes={name: dict(record.probe) for name, record in records.items() if record},
+        probes={
+            name: {task: share for task, share in record.probe.items() if task in evidence.tasks}
+            for name, record in records.items()
+            if record
+        },
         fingerprints={name: record.fingerprint if record else None for name, record in records.items()},
         cells=arms.compare(evidence, params.report),
         controls=arms.controls(evidence),

@@ -1,7 +1,7 @@
-"""The recorder: reads what a stage says from stdin, keeps its MLflow run, answers with one JSON object.
+"""The recorder: reads a stage's messages from stdin, writes its MLflow run, replies with one JSON object.
 
-It ends when the stage closes the run, when the pipe ends, or when the stage is gone; a run that
-was not closed is marked KILLED, so that nothing stays RUNNING for ever.
+It ends when the stage closes the run, when the pipe ends, or when the stage has ended. A run without a close
+message is marked KILLED, so that no run stays RUNNING.
 """
 
 from __future__ import annotations
@@ -31,47 +31,45 @@ _FLUSH_SECONDS = 1.0
 
 
 def main() -> NoReturn:
-    """Record one run; the reply stands alone on stdout, everything else that talks goes to stderr."""
+    """Record one run; stdout carries only the reply, all other output goes to stderr."""
     reply_to = os.dup(1)
     os.dup2(2, 1)
     try:
         reply = record(Lines(0, parent=int(sys.argv[1])))
-        code = 0
     except Exception as error:
         reply = {"error": one_line(error)}
-        code = 1
     os.write(reply_to, json.dumps(reply).encode())
     sys.stderr.flush()
-    # all is written; the stage waits for this process, and MLflow takes its time to be taken down
-    os._exit(code)
+    # all is written; the stage waits for this process, and MLflow's own exit takes long
+    os._exit(1 if "error" in reply else 0)
 
 
 class Lines:
-    """Messages from a pipe, in whatever portions they come; the end of the pipe or of the parent ends them."""
+    """The messages of a pipe, received in portions of any size, until the pipe or the parent ends."""
 
     def __init__(self, handle: int, *, parent: int) -> None:
         self._handle = handle
         self._parent = parent
         self._rest = b""
-        self.ended = False
+        self.is_over = False
 
     def read(self, seconds: float) -> list[Message]:
-        """What arrives within `seconds`, without waiting for more than the first portion."""
+        """Return the messages that arrive within `seconds`; return after the first portion."""
         ready, _, _ = select.select([self._handle], [], [], seconds)
         if ready:
             portion = os.read(self._handle, 1 << 16)
-            self.ended = not portion
-            *whole, self._rest = (self._rest + portion).split(b"\n")
-            return [json.loads(line) for line in whole]
+            self.is_over = not portion
+            *complete, self._rest = (self._rest + portion).split(b"\n")
+            return [json.loads(line) for line in complete]
         # a worker that the stage forked may hold the pipe open after the stage was killed
-        self.ended = os.getppid() != self._parent
+        self.is_over = os.getppid() != self._parent
         return []
 
 
 def record(lines: Lines) -> dict[str, Any]:
-    """Keep one run until it is closed; returns its id and what was registered."""
+    """Write one run until it is closed; return its id and the registered versions, or an error beside the versions."""
     pending: list[Message] = []
-    while not pending and not lines.ended:
+    while not pending and not lines.is_over:
         pending = lines.read(_FLUSH_SECONDS)
     if not pending:
         return {"error": "nothing to record"}
@@ -83,24 +81,24 @@ def record(lines: Lines) -> dict[str, Any]:
                     return run.close(message["status"], message["time_ms"])
                 run.handle(message)
             run.flush()
-            if lines.ended:
+            if lines.is_over:
                 return run.close("KILLED", int(time.time() * 1000))
             pending = lines.read(_FLUSH_SECONDS)
-    except Exception:
+    except Exception as error:
         run.abandon()
-        raise
+        return {"error": one_line(error), "registered": run.registered}
 
 
 class Run:
-    """One run in MLflow, from the first message to its end."""
+    """One run in MLflow, from its first message to its end."""
 
     def __init__(self, start: Message) -> None:
         self._root = Path.cwd()
         self._curves: list[tuple[str, float, int, int]] = []
         self._registered: list[Registered] = []
-        # asked first: the stage may end, and with it the way up to DVC, while MLflow is being imported
+        # before the import of MLflow, during which the stage may end, and with it the link to DVC
         group = store.invocation()
-        # importing MLflow makes a million objects that stay: looking for garbage among them costs a sixth of its time
+        # importing MLflow creates a million permanent objects: collecting garbage among them costs a sixth of its time
         gc.disable()
         self._client: MlflowClient = store.connect(self._root)
         gc.enable()
@@ -114,25 +112,32 @@ class Run:
             "mlflow.source.name": f"portllm {start['stage']}",
             "mlflow.source.type": "LOCAL",
             "portllm.stage": start["stage"],
-            # where the stage runs: for an experiment of DVC that may be a copy of the project, at another commit
+            # the stage's own folder: a DVC experiment runs in a copy of the project, at another commit
             **store.git_tags(Path(start["folder"])),
         }
         if self._parent:
             tags["mlflow.parentRunId"] = self._parent
         if stage := os.environ.get("DVC_STAGE"):
             tags["portllm.dvc.stage"] = stage
-        created = self._client.create_run(experiment, start["time_ms"], tags, start["name"])
-        return str(created.info.run_id)
+        run = self._client.create_run(experiment, start["time_ms"], tags, start["name"])
+        return str(run.info.run_id)
 
     def handle(self, message: Message) -> None:
-        """Take in one message that is neither the first nor the last."""
+        """Process one message that is neither the first nor the last."""
         if message["op"] == "metrics":
             self._add_metrics(message["values"], message["time_ms"], message["step"])
         elif message["op"] == "result":
             self._add_result(message)
         elif message["op"] == "register":
             self.flush()
-            self._registered += registry.register(self._client, self._id, message["candidates"])
+            uri = store.registry_uri(self._root)
+            for version in registry.register(self._client, self._id, message["requests"], registry_uri=uri):
+                self._registered.append(version)
+
+    @property
+    def registered(self) -> list[dict[str, Any]]:
+        """The versions registered so far, as JSON."""
+        return [dataclasses.asdict(version) for version in self._registered]
 
     def _add_metrics(self, values: dict[str, float], time_ms: int, step: int) -> None:
         self._curves += [(in_alphabet(key), value, time_ms, step) for key, value in values.items()]
@@ -155,13 +160,13 @@ class Run:
             return
         inputs = []
         for one in datasets:
-            # MLflow holds 36 characters of a digest
+            # MLflow stores 36 characters of a digest
             entity = Dataset(one["name"], one["digest"][:36], "local", json.dumps({"uri": one["source"]}))
             inputs.append(DatasetInput(entity, [InputTag("mlflow.data.context", one["context"])]))
         self._client.log_inputs(self._id, inputs)
 
     def flush(self, *, params: dict[str, str] | None = None, tags: dict[str, str] | None = None) -> None:
-        """Send curves, parameters and tags, in portions MLflow accepts."""
+        """Send curves, parameters and tags, in portions of the size that MLflow accepts."""
         from mlflow.entities import Metric, Param, RunTag
 
         metrics = [Metric(*point) for point in self._curves]
@@ -176,17 +181,17 @@ class Run:
         self._curves.clear()
 
     def close(self, status: str, time_ms: int) -> dict[str, Any]:
-        """End the run, and with it the invocation as it stands so far."""
+        """End the run, and set the end of its invocation."""
         self.flush()
-        # registering is the recorder's own work, done after the stage said that it is through
+        # the recorder registers after the stage has sent its close message
         ended = int(time.time() * 1000) if self._registered else time_ms
         self._client.set_terminated(self._id, status, ended)
         if self._parent:
             store.close_parent(self._client, self._parent, status)
-        return {"run_id": self._id, "registered": [dataclasses.asdict(one) for one in self._registered]}
+        return {"run_id": self._id, "registered": self.registered}
 
     def abandon(self) -> None:
-        """Recording failed: leave no run that seems to be at work, where the store still answers."""
+        """End the run after an error, so that it does not stay RUNNING, where the store still answers."""
         try:
             self._client.set_terminated(self._id, "KILLED")
         except Exception as error:

@@ -1,7 +1,7 @@
-"""Questions to the recorded runs: where does this come from, and what came of it?
+"""Walk through the recorded runs: back to what an artifact was made from, and onward to what was made from it.
 
-Both walk from run to run by fingerprint: a run that wrote what another read stands before it.
-Only finished runs count, and of several that wrote the same tensors, the latest.
+Both walks go from run to run by fingerprint: a run that wrote what another one read comes before it.
+Only finished runs count, and of several runs that wrote the same tensors, the latest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 
-# so many hex digits of a fingerprint make a tag's name: enough to tell artifacts apart, short enough to read
+# hex digits of a fingerprint in a tag's name: enough to identify an artifact, few enough to read
 _PREFIX = 16
 # tags hold 8000 characters: about 55 artifacts
 _ARTIFACTS_PER_TAG = 40
@@ -29,7 +29,7 @@ _ARTIFACTS_PER_TAG = 40
 
 @dataclass(frozen=True)
 class Step:
-    """One artifact on the way, and the run that wrote it; `run` and what hangs on it are empty where none is known."""
+    """One artifact of a walk and the run that wrote it; `run` and the fields after it are empty without such a run."""
 
     artifact: Artifact
     run: str | None = None
@@ -41,15 +41,15 @@ class Step:
 
 
 def tags(direction: Literal["read", "write"], artifacts: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """What a run says of its artifacts (as JSON): per fingerprint a tag to search for, and the whole list in a few."""
-    marks = {f"portllm.{direction}.{one['fingerprint'][:_PREFIX]}": one["name"] for one in artifacts}
+    """Return a run's tags for its artifacts (as JSON): one per fingerprint to search for, a few with the full list."""
+    pairs = {f"portllm.{direction}.{one['fingerprint'][:_PREFIX]}": one["name"] for one in artifacts}
     for number, part in enumerate(portions(artifacts, _ARTIFACTS_PER_TAG), start=1):
-        marks[_list_tag(direction, number)] = json.dumps(part)
-    return marks
+        pairs[_list_tag(direction, number)] = json.dumps(part)
+    return pairs
 
 
 def lineage(model: str, version: str | int, *, root: Path) -> list[Step]:
-    """All that a registered model version was made from: itself first, then breadth-first back to data and bases.
+    """Return all that a registered model version was made from: itself first, then breadth-first to data and bases.
 
     Raises TrackingError when the registry has no such version, or one that portllm did not register.
     """
@@ -57,18 +57,18 @@ def lineage(model: str, version: str | int, *, root: Path) -> list[Step]:
 
     client = store.connect(root)
     try:
-        marks = client.get_model_version(model, str(version)).tags
+        version_tags = client.get_model_version(model, str(version)).tags
     except MlflowException as error:
         raise TrackingError(f"{model} version {version} is not in the registry; see MLflow's Models page") from error
-    if "portllm.ported" not in marks:
+    if "portllm.ported" not in version_tags:
         raise TrackingError(f"{model} version {version} has no tag portllm.ported; portllm did not register it")
     experiment = store.experiment_id(client, root)
-    first = Artifact("ported", f"{model}/{version}", marks["portllm.ported"])
+    first = Artifact("ported", f"{model}/{version}", version_tags["portllm.ported"])
     return list(_walk([first], lambda artifact: _origin(client, experiment, artifact), lambda step: step.reads))
 
 
 def descendants(fingerprint: str, *, root: Path) -> list[Step]:
-    """All that was made from a base, patch or dataset, each with the run that wrote it, breadth-first."""
+    """Return all that was made from a base, patch or dataset, each with the run that wrote it, breadth-first."""
     client = store.connect(root)
     experiment = store.experiment_id(client, root)
 
@@ -88,15 +88,15 @@ def descendants(fingerprint: str, *, root: Path) -> list[Step]:
 def _walk(
     start: Sequence[Artifact], visit: Callable[[Artifact], Step], onward: Callable[[Step], Sequence[Artifact]]
 ) -> Iterator[Step]:
-    waiting, seen = list(start), set[str]()
-    while waiting:
-        artifact = waiting.pop(0)
+    queue, seen = list(start), set[str]()
+    while queue:
+        artifact = queue.pop(0)
         if artifact.fingerprint in seen:
             continue
         seen.add(artifact.fingerprint)
         step = visit(artifact)
         yield step
-        waiting += onward(step)
+        queue += onward(step)
 
 
 def _origin(client: MlflowClient, experiment: str, artifact: Artifact) -> Step:
@@ -117,7 +117,7 @@ def _origin(client: MlflowClient, experiment: str, artifact: Artifact) -> Step:
 
 
 def _runs(client: MlflowClient, experiment: str, direction: str, fingerprint: str) -> list[Run]:
-    """Finished runs that read or wrote `fingerprint`, the latest first."""
+    """Return the finished runs that read or wrote `fingerprint`, the latest first."""
     tag = f"portllm.{direction}.{fingerprint[:_PREFIX]}"
     query = f"attributes.status = 'FINISHED' and tags.`{tag}` IS NOT NULL"
     return list(client.search_runs([experiment], query, order_by=["attributes.start_time DESC"], max_results=1000))
@@ -136,7 +136,7 @@ def _list_tag(direction: str, number: int) -> str:
 
 def _datasets(run: Run) -> Iterator[Dataset]:
     for one in run.inputs.dataset_inputs:
-        used = {tag.key: tag.value for tag in one.tags}.get("mlflow.data.context")
-        context: Literal["training", "evaluation"] = "evaluation" if used == "evaluation" else "training"
+        value = {tag.key: tag.value for tag in one.tags}.get("mlflow.data.context")
+        context: Literal["training", "evaluation"] = "evaluation" if value == "evaluation" else "training"
         source = json.loads(one.dataset.source).get("uri", "")
         yield Dataset(one.dataset.name, one.dataset.digest, source, context)

@@ -1,7 +1,7 @@
-"""What a registered version runs once it is loaded: prompts in, generated text out.
+"""The code of a registered version: prompts in, generated text out.
 
-MLflow keeps a copy of this file with each version (models-from-code, so nothing is pickled). It
-therefore stands alone: it needs mlflow, torch and transformers, and not portllm.
+MLflow copies this file into each version (models-from-code, so nothing is pickled). It therefore imports
+mlflow, torch and transformers, and not portllm.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Generator(PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         """Load the checkpoint that was registered, or the adapter over its base, and the tokenizer.
 
-        `max_new_tokens` is set when loading: `load_model(uri, model_config={"max_new_tokens": 64})`. A version that is
-        an adapter needs its release, too, a directory or a hub id: `model_config={"base": "models/releases/v1"}`.
+        The loader sets `max_new_tokens`: `load_model(uri, model_config={"max_new_tokens": 64})`. A version that is an
+        adapter needs its release, too, a directory or a hub id: `model_config={"base": "models/releases/v1"}`.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,7 +37,7 @@ class Generator(PythonModel):  # type: ignore[misc]
             self.model = PeftModel.from_pretrained(self.model, folder).eval()
 
     def predict(self, context: Any, model_input: list[str]) -> list[str]:
-        """The text that follows each prompt, chosen greedily."""
+        """Return the text that continues each prompt, chosen greedily."""
         import torch
 
         if self.tokenizer.pad_token is None:

@@ -1,4 +1,4 @@
-"""What a stage tells its recorder: plain JSON, without secrets and without the machine's paths."""
+"""The messages from a stage to its recorder: plain JSON, without secrets and without paths of the machine."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import Any, Literal
 
 Message = dict[str, Any]
 
-# who:password@ in an address, a key in a query, a hub token
+# user:password@ in an address, a key in a query, a hub token
 _CREDENTIALS = (
     (re.compile(r"(\w+://)[^/@\s]+@"), r"\1"),
     (re.compile(r"([?&](?:\w*token|\w*key|sig\w*|password|secret)=)[^&\s]+", re.I), r"\1***"),
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_***"),
 )
 _SECRET_KEY = re.compile(r"(^|[._-])(token|password|secret|api_key|apikey|credentials?)$", re.I)
+_END_CHARACTERS = 300  # of a long error, at its start and at its end; both fit into a PortllmError
 _NOT_IN_KEYS = re.compile(r"[^\w.\-/ ]")
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """Something a stage read or wrote, known by its fingerprint (hex digest); `name` is a path in the project."""
+    """Something that a stage read or wrote, identified by its fingerprint (hex digest); `name` is its project path."""
 
     kind: Literal["checkpoint", "patch", "ported", "dataset", "result"]
     name: str
@@ -33,7 +34,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset a run used: shown by MLflow beside the run, with its digest."""
+    """A dataset that a run used; MLflow shows it with its digest on the run's page."""
 
     name: str
     digest: str
@@ -42,8 +43,8 @@ class Dataset:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A ported checkpoint that passed its gate, to become a version of the registered model `name`.
+class VersionRequest:
+    """A ported checkpoint that passed its gate and becomes a version of the registered model `name`.
 
     `base`, `patch` and `ported` are fingerprints; `metrics` hold what the gate compared.
     """
@@ -62,16 +63,20 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Registered:
-    """A version in the registry; `created` is false where this fingerprint had been registered before."""
+    """A version in the registry.
+
+    `created` is false where the fingerprint was registered before; `note` says why the version has not the alias.
+    """
 
     name: str
     version: str
     created: bool
     aliases: Sequence[str]
+    note: str = ""
 
 
 def plain(value: Any, root: Path) -> Any:
-    """`value` as JSON knows it: dataclasses, mappings and sequences taken apart, every text cleaned."""
+    """Return `value` as JSON types: dataclasses and mappings as objects, sequences as arrays, every text cleaned."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
@@ -84,7 +89,7 @@ def plain(value: Any, root: Path) -> Any:
 
 
 def clean(text: str, root: Path) -> str:
-    """`text` without credentials; a path below `root` made relative to it, another absolute path cut to its name."""
+    """Return `text` without credentials; a path below `root` becomes relative, another absolute path its last part."""
     for pattern, safe in _CREDENTIALS:
         text = pattern.sub(safe, text)
     if os.path.isabs(text) and "\n" not in text:
@@ -94,7 +99,7 @@ def clean(text: str, root: Path) -> str:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested parameters as `section.key` → text, in MLflow's alphabet."""
+    """Return nested parameters as `section.key` → text, in MLflow's alphabet."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
@@ -108,22 +113,26 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def in_alphabet(key: str) -> str:
-    """A metric's or parameter's name as MLflow accepts it: lm-eval's `acc,none` is `acc`, its other commas are dots."""
+    """Return a metric's or parameter's name as MLflow accepts it: `acc,none` becomes `acc`, other commas dots."""
     return _NOT_IN_KEYS.sub("_", key.removesuffix(",none").replace(",", "."))
 
 
 def portions(items: Sequence[Any], size: int) -> list[list[Any]]:
-    """`items` in lists of at most `size`."""
+    """Return `items` in lists of at most `size`."""
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def one_line(error: BaseException | str) -> str:
-    """An error as one short line fit for a terminal, without credentials."""
+    """Return an error as one line fit for a terminal, without credentials.
+
+    A long line loses its middle. Its start and its end stay, since the reason is in one of the two: an HTTP client
+    states it after the address and its retries, a database before the statement and its values.
+    """
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     text = " ".join(text.split())
     for pattern, safe in _CREDENTIALS:
         text = pattern.sub(safe, text)
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    return text if len(text) <= 2 * _END_CHARACTERS else f"{text[:_END_CHARACTERS]} […] {text[-_END_CHARACTERS:]}"
 
 
 def _secret(key: object, value: object) -> bool:

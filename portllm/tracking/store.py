@@ -1,4 +1,4 @@
-"""The recorder's way into MLflow: which store, which experiment, and the run that groups one pipeline invocation."""
+"""Connect the recorder to MLflow: the store, the experiment, and the run that groups one pipeline invocation."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from portllm.errors import TrackingError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
 EXPERIMENT = "portllm"
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
+ALREADY_EXISTS = "RESOURCE_ALREADY_EXISTS"  # MLflow's code for a name that is taken
 _EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
     "mlflow.note.content": "One run per stage execution, under one run per pipeline invocation.",
@@ -30,67 +32,85 @@ _EXPERIMENT_TAGS = {
 
 @dataclass(frozen=True)
 class Invocation:
-    """One execution of the pipeline: `key` is the same for all its stages."""
+    """One execution of the pipeline; all its stages share `key`."""
 
     key: str
     name: str
 
 
 def tracking_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI, or the SQLite store of the project at `root`."""
+    """Return MLFLOW_TRACKING_URI, or the address of the SQLite store in the project at `root`."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / DATABASE}"
 
 
+def registry_uri(root: Path) -> str:
+    """Return MLFLOW_REGISTRY_URI, or the address of the store that holds the runs."""
+    return os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri(root)
+
+
 def connect(root: Path) -> MlflowClient:
-    """A client of the project's store, which is created when it is the default one and absent."""
+    """Return a client of the project's store; the default store is created where it does not exist."""
     from mlflow import MlflowClient
 
     uri = tracking_uri(root)
     # two processes that create the tables of one database at once fail
-    with _locked(uri) if uri.startswith("sqlite:") else contextlib.nullcontext():
-        client = MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+    with locked(uri) if uri.startswith("sqlite:") else contextlib.nullcontext():
+        client = MlflowClient(tracking_uri=uri, registry_uri=registry_uri(root))
         client.search_experiments(max_results=1)
     return client
 
 
 def experiment_id(client: MlflowClient, root: Path) -> str:
-    """The id of the experiment named by MLFLOW_EXPERIMENT_NAME, else `portllm`; made when absent."""
+    """Return the id of the experiment named by MLFLOW_EXPERIMENT_NAME, else `portllm`; create it where it is absent.
+
+    Raises TrackingError for an experiment that was deleted.
+    """
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
     location = None if os.environ.get("MLFLOW_TRACKING_URI") else str(root.resolve() / ARTIFACTS)
-    with _locked(f"{tracking_uri(root)} {name}"):
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            return str(client.create_experiment(name, location, tags=_EXPERIMENT_TAGS))
-    if found.lifecycle_stage != "active":
+    with locked(f"{tracking_uri(root)} {name}"):
+        experiment = client.get_experiment_by_name(name) or _create_experiment(client, name, location)
+    if experiment.lifecycle_stage != "active":
         raise TrackingError(f"the MLflow experiment {name} is deleted; restore it or set MLFLOW_EXPERIMENT_NAME")
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)
+
+
+def _create_experiment(client: MlflowClient, name: str, location: str | None) -> Experiment:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_experiment(name, location, tags=_EXPERIMENT_TAGS)
+    except MlflowException as error:
+        # the lock does not reach another machine, which may have created it in between
+        if error.error_code != ALREADY_EXISTS:
+            raise
+    return client.get_experiment_by_name(name)
 
 
 def invocation() -> Invocation | None:
-    """The pipeline invocation this process belongs to: PORTLLM_INVOCATION, else the nearest `dvc` above it."""
-    if named := os.environ.get("PORTLLM_INVOCATION"):
-        return Invocation(named, named)
+    """Return the pipeline invocation of this process: PORTLLM_INVOCATION, else the nearest `dvc` among its parents."""
+    if name := os.environ.get("PORTLLM_INVOCATION"):
+        return Invocation(name, name)
     import psutil
 
     experiment = os.environ.get("DVC_EXP_NAME", "")
     for process in psutil.Process().parents():
         with contextlib.suppress(psutil.Error):
             if (command := _dvc_command(process.cmdline())) is not None:
-                started = process.create_time()
-                identity = f"{process.pid} {started} {experiment}"
+                seconds = process.create_time()
+                identity = f"{process.pid} {seconds} {experiment}"
                 key = hashlib.sha256(identity.encode()).hexdigest()[:16]
                 # short: MLflow's table shows some eighteen characters, and the year in a column of its own
-                when = time.strftime("%m-%d %H:%M", time.localtime(started))
-                return Invocation(key, experiment or f"{command} {when}")
+                start = time.strftime("%m-%d %H:%M", time.localtime(seconds))
+                return Invocation(key, experiment or f"{command} {start}")
     return None
 
 
 def parent_run(client: MlflowClient, experiment: str, group: Invocation) -> str:
-    """The id of the run that groups `group`, found by its tag or made."""
-    with _locked(f"invocation {group.key}"):
-        found = client.search_runs([experiment], f"tags.`portllm.invocation` = '{group.key}'", max_results=1)
-        if found:
-            return str(found[0].info.run_id)
+    """Return the id of the run that groups the stages of `group`; create that run where it is absent."""
+    with locked(f"invocation {group.key}"):
+        runs = client.search_runs([experiment], f"tags.`portllm.invocation` = '{group.key}'", max_results=1)
+        if runs:
+            return str(runs[0].info.run_id)
         tags = {
             "portllm.invocation": group.key,
             "portllm.stage": "pipeline",
@@ -101,18 +121,18 @@ def parent_run(client: MlflowClient, experiment: str, group: Invocation) -> str:
 
 
 def close_parent(client: MlflowClient, run_id: str, status: str) -> None:
-    """Give the grouping run an end after each of its stages; once failed it stays failed."""
-    known = client.get_run(run_id).info.status
-    client.set_terminated(run_id, "FAILED" if known == "FAILED" or status != "FINISHED" else "FINISHED")
+    """Set the end of the grouping run after each of its stages; a failed one stays failed."""
+    has_failed = client.get_run(run_id).info.status == "FAILED" or status != "FINISHED"
+    client.set_terminated(run_id, "FAILED" if has_failed else "FINISHED")
 
 
 def git_tags(folder: Path) -> dict[str, str]:
-    """The commit the stage ran at, and whether tracked files had been changed since; empty outside git."""
+    """Return the commit of the stage's folder, and whether tracked files differ from it; nothing outside git."""
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
         return {}
-    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return {"mlflow.source.git.commit": commit, "portllm.git.dirty": "true" if changed else "false"}
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"mlflow.source.git.commit": commit, "portllm.git.dirty": "true" if changes else "false"}
 
 
 def _dvc_command(command: list[str]) -> str | None:
@@ -125,7 +145,7 @@ def _dvc_command(command: list[str]) -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    # no optional locks: DVC may be at work in the same repository
+    # no optional locks: DVC may use the same repository at the same time
     command = ["git", "--no-optional-locks", *arguments]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(
@@ -135,8 +155,8 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 @contextlib.contextmanager
-def _locked(name: str) -> Iterator[None]:
-    """One process of this user at a time inside a block of this name (an advisory lock that dies with the process)."""
+def locked(name: str) -> Iterator[None]:
+    """Admit one process of this user at a time to a block of this name (an advisory lock, freed with the process)."""
     digest = hashlib.sha256(name.encode()).hexdigest()[:16]
     path = Path(tempfile.gettempdir()) / f"portllm-{os.getuid()}-{digest}.lock"
     handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -1,4 +1,4 @@
-"""The stage's side of tracking: feeds a recorder process, and never fails or waits long because of it."""
+"""The stage's side of tracking: sends messages to a recorder process, which can neither fail nor delay the stage."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from portllm.errors import TrackingError
-from portllm.tracking.messages import Artifact, Candidate, Dataset, Registered, one_line, plain
+from portllm.tracking.messages import Artifact, Dataset, Registered, VersionRequest, one_line, plain
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-# after an error or Ctrl-C the user waits for the prompt, not for the tracker
+# after an error or Ctrl-C the user waits for the prompt
 _WAIT_AFTER_ERROR_SECONDS = 10.0
 # registering copies whole checkpoints
 _WAIT_FOR_REGISTRY_SECONDS = 3600.0
@@ -35,16 +35,17 @@ _CHILD_DEFAULTS = {
 
 
 class Tracker:
-    """What a stage may tell about itself; without a recorder every call does nothing."""
+    """The messages that a stage may send about itself; without a recorder every call does nothing."""
 
     def __init__(self, recorder: Recorder | None, root: Path) -> None:
         self._recorder = recorder
         self._root = root
-        self.registering = False
+        self._decisions: Path | None = None
+        self.is_registering = False
         self.registered: tuple[Registered, ...] = ()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One point of each curve in `values`, seen in MLflow while the stage still runs."""
+        """Send one point of each curve in `values`; MLflow shows it while the stage runs."""
         self._send("metrics", step=step, values=_floats(values), time_ms=int(time.time() * 1000))
 
     def finish(
@@ -57,7 +58,7 @@ class Tracker:
         artifacts: Sequence[Path] = (),
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """The stage's result, once it is on disk: final metrics, lineage, and files or directories to keep."""
+        """Send the stage's result, once it is on disk: final metrics, lineage, and files or directories to store."""
         self._send(
             "result",
             metrics=_floats(metrics or {}),
@@ -69,31 +70,39 @@ class Tracker:
             time_ms=int(time.time() * 1000),
         )
 
-    def register(self, candidates: Sequence[Candidate]) -> None:
-        """Make each candidate a version of its registered model; `registered` names them once the run has ended.
+    def register(self, requests: Sequence[VersionRequest], *, decisions: Path | None = None) -> None:
+        """Create a version per request; `registered` holds the versions once the run has ended.
 
-        Unlike all else here this is asked for by the user, so a registry that refuses is an error.
-        Raises TrackingError at once when nothing is being recorded, else when the run ends.
+        `decisions` is the file that the stage has written its decisions to, for the error's text. The user requests
+        the versions, so that here a failure is an error, unlike in all other calls. Raises TrackingError at once when
+        nothing is being recorded, else when the run ends.
         """
         if self._recorder is None:
             raise TrackingError("registering needs MLflow, and tracking is off or could not start; call with --track")
-        self.registering = True
-        told = [{**plain(one, self._root), "checkpoint": self._reachable(one.checkpoint)} for one in candidates]
-        self._send("register", candidates=told)
+        self.is_registering, self._decisions = True, decisions
+        trees = [{**plain(one, self._root), "checkpoint": self._reachable(one.checkpoint)} for one in requests]
+        self._send("register", requests=trees)
 
     def ended(self, status: Status, reply: Mapping[str, Any], warn: Callable[[str], object]) -> None:
-        """Take the recorder's last word. Raises TrackingError where a stage that went well was not registered."""
-        error = reply.get("error")
-        if error and self.registering and status == "FINISHED":
-            raise TrackingError(f"not registered in MLflow: {error}; the decisions are on disk, run register again")
-        if error:
-            warn(f"Warning: the run was not recorded in MLflow ({error}); results are on disk")
+        """Process the recorder's reply. Raises TrackingError where a stage without an error was not registered."""
         self.registered = tuple(Registered(**one) for one in reply.get("registered", ()))
+        error = reply.get("error")
+        if error and self.is_registering and status == "FINISHED":
+            raise TrackingError(f"not registered in MLflow: {error}; {self._next_step()}")
+        if error:
+            results = "; the command itself succeeded" if status == "FINISHED" else ""
+            warn(f"Warning: the run was not recorded in MLflow ({error}){results}")
+
+    def _next_step(self) -> str:
+        done = [f"{one.name} version {one.version} is registered" for one in self.registered]
+        if self._decisions is not None:
+            done.append(f"the decisions are in {self._decisions}")
+        return "; ".join([*done, "run register again"])
 
     def _reachable(self, path: Path) -> str:
-        # MLflow writes this path down: relative to the recorder's directory where that is possible
-        whole = path.resolve()
-        return str(whole.relative_to(self._root) if whole.is_relative_to(self._root) else whole)
+        # MLflow stores this path: relative to the recorder's directory where that is possible
+        absolute = path.resolve()
+        return str(absolute.relative_to(self._root) if absolute.is_relative_to(self._root) else absolute)
 
     def _send(self, op: str, **fields: Any) -> None:
         if self._recorder is not None:
@@ -111,10 +120,10 @@ def track(
     warn: Callable[[str], object] | None = None,
     wait_seconds: float = 60.0,
 ) -> Iterator[Tracker]:
-    """One MLflow run around one stage execution; an exception inside marks the run FAILED (Ctrl-C: KILLED).
+    """Record one stage execution as one MLflow run; an exception inside marks the run FAILED (Ctrl-C: KILLED).
 
-    `root` is the project's root: names and params are made relative to it, and mlflow.db stands in it
-    unless MLFLOW_TRACKING_URI says otherwise. When recording fails, `warn` is told once, in one line.
+    `root` is the project's root: names and params become relative to it, and mlflow.db is in it
+    unless MLFLOW_TRACKING_URI names another store. `warn` receives one line when recording fails.
     """
     root, warn = root.resolve(), warn or _to_stderr
     recorder = _start(stage, name=name, params=params, root=root, warn=warn) if enabled else None
@@ -128,12 +137,12 @@ def track(
         raise
     finally:
         if recorder is not None:
-            reply = recorder.close(status, wait_seconds=_patience(status, wait_seconds, tracker.registering))
+            reply = recorder.close(status, wait_seconds=_wait_limit(status, wait_seconds, tracker.is_registering))
             tracker.ended(status, reply, warn)
 
 
 class Recorder:
-    """The child process and the thread that feeds it: a full pipe or a dead child never blocks the stage."""
+    """The child process and the thread that writes to it: a full pipe or an ended child never blocks the stage."""
 
     def __init__(self, cwd: Path) -> None:
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -161,7 +170,7 @@ class Recorder:
         self._queue.put(json.dumps({"op": op, **fields}).encode() + b"\n")
 
     def close(self, status: Status, *, wait_seconds: float) -> dict[str, Any]:
-        """End the run with `status` and wait for the child; its reply, with `error` when the run was not recorded."""
+        """End the run with `status`, wait for the child, return its reply; `error` in it: the run was not recorded."""
         self.send("close", status=status, time_ms=int(time.time() * 1000))
         self._queue.put(None)
         try:
@@ -203,19 +212,19 @@ def _start(
     except OSError as error:
         warn(f"Warning: the run will not be recorded in MLflow ({one_line(error)})")
         return None
-    told = {"stage": stage, "name": plain(name, root), "params": plain(params, root), "folder": str(Path.cwd())}
-    recorder.send("start", **told, time_ms=int(time.time() * 1000))
+    fields = {"stage": stage, "name": plain(name, root), "params": plain(params, root), "folder": str(Path.cwd())}
+    recorder.send("start", **fields, time_ms=int(time.time() * 1000))
     return recorder
 
 
-def _patience(status: Status, wait_seconds: float, registering: bool) -> float:
+def _wait_limit(status: Status, wait_seconds: float, is_registering: bool) -> float:
     if status != "FINISHED":
         return min(wait_seconds, _WAIT_AFTER_ERROR_SECONDS)
-    return max(wait_seconds, _WAIT_FOR_REGISTRY_SECONDS) if registering else wait_seconds
+    return max(wait_seconds, _WAIT_FOR_REGISTRY_SECONDS) if is_registering else wait_seconds
 
 
 def _child_environment() -> dict[str, str]:
-    # the child must find this very package, and not whatever bears a library's name in the project's root
+    # the child must import this package, and no file of a library's name in the project's root
     package_parent = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
     return {**_CHILD_DEFAULTS, **os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}

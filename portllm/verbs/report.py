@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,17 @@ def run(
     metrics: Path,
     plots: Path,
     force: bool = False,
+    on_note: Callable[[str], object] = lambda _: None,
 ) -> ReportRecord:
     """Write `out`/report.{md,html} and pictures, `metrics` (JSON) and `plots`/*.csv, each whole or not at all.
 
-    Reads models/{releases,patches}, `evaluated`/<release>.json with samples, and whatever is under `costs`.
+    Reads models/{releases,patches}, `evaluated`/<release>.json with samples, and whatever is under `costs`, of the
+    tasks and releases that `params` names; a note says what else is on the disk.
     Raises DataError for missing or wrong inputs, OutputError where an output may not be written.
     """
+    if orphans := evidence.orphans(params=params, models=models, evaluated=evaluated):
+        names = ", ".join(map(str, orphans))
+        on_note(f"left out, since `tasks` and `releases` of params.yaml do not name them: {names}; remove or add them")
     seen = evidence.read(params=params, models=models, evaluated=evaluated, costs=costs)
     found = find(seen, params=params, models=models)
     numbers = exports.metrics(found)

@@ -10,7 +10,7 @@ import pytest
 
 from portllm.checkpoint.records import PortRecord, Source
 from portllm.errors import CheckpointError, EvaluationError, ParamsError
-from portllm.lineage import candidates
+from portllm.lineage import version_requests
 from portllm.params import RegisterParams
 from portllm.verbs import register
 
@@ -103,6 +103,32 @@ def test_the_record_is_written_whole_and_repeats(release):
     assert str(release).encode() not in first
 
 
+def test_register_leaves_out_models_of_removed_tasks_and_names_them(release):
+    """Issue 8, item 8: a task removed from `tasks` has no scores any more, and its model stays on the disk."""
+    rows = json.loads((release / "v1.json").read_text())["results"]
+    write(release, [one for one in rows if "world_gsm8k" not in (one["task"], one["patch_task"])])
+    notes = []
+    record = register.run(
+        ported=release / "models/ported/v1", results=release / "v1.json", params=RegisterParams(),
+        tasks=("world_boolq",), releases=("v0", "v1"), on_note=notes.append,
+    )  # fmt: skip
+    assert [one.task for one in record.decisions] == ["world_boolq"]
+    (note,) = notes
+    assert note.startswith(f"{release / 'models/ported/v1/world_gsm8k'}: left out, since `tasks` does not name")
+
+
+def test_register_leaves_out_a_removed_release_and_names_it(release):
+    """Issue 8, item 8."""
+    notes = []
+    record = register.run(
+        ported=release / "models/ported/v1", results=release / "v1.json", params=RegisterParams(),
+        tasks=tuple(KIND), releases=("v0", "v2"), on_note=notes.append,
+    )  # fmt: skip
+    assert record.decisions == ()
+    assert len(notes) == 1
+    assert "`releases` does not name v1" in notes[0]
+
+
 def test_scores_of_other_tensors_do_not_count(release):
     stale = {**row("world_boolq", "ported", 0.99, patch="world_boolq"), "patch_fingerprint": "00" * 32}
     write(release, [row("world_boolq", "base", 0.5), stale])
@@ -131,7 +157,7 @@ def test_an_adapter_is_judged_as_a_merged_model_is(release):
     assert [one.task for one in judge(release).accepted] == ["world_boolq"]
 
 
-@pytest.mark.parametrize(("name", "said"), [("same", "put {task} into it"), ("a-{taks}", "may hold {task}")])
+@pytest.mark.parametrize(("name", "said"), [("same", "put {task} into it"), ("a-{taks}", "may contain {task}")])
 def test_names_that_cannot_tell_models_apart_are_refused(release, name, said):
     with pytest.raises(ParamsError, match=said):
         judge(release, name=name)
@@ -151,6 +177,6 @@ def test_an_experiment_registers_without_taking_the_alias(release, monkeypatch, 
         monkeypatch.setenv("DVC_EXP_NAME", experiment)
     ported = release / "models/ported/v1"
     record = register.run(ported=ported, results=release / "v1.json", params=RegisterParams())
-    (candidate,) = candidates(record, ported)
-    assert (candidate.name, candidate.alias) == ("portllm-world_boolq", alias)
-    assert candidate.checkpoint == ported / "world_boolq"
+    (request,) = version_requests(record, ported)
+    assert (request.name, request.alias) == ("portllm-world_boolq", alias)
+    assert request.checkpoint == ported / "world_boolq"

@@ -6,6 +6,7 @@ import csv
 import html
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -333,3 +334,53 @@ def as_real(tree: Any) -> None:
 
 def without_news(tree: Any) -> None:
     tree["results"] = [row for row in tree["results"] if not row["task"].endswith("_perplexity")]
+
+
+def test_report_with_a_task_and_a_release_removed_equals_one_without_their_files(
+    fabricate: Fabricate, tmp_path: Path
+) -> None:
+    """Issue 8, item 8: what params.yaml names no more is named in a note and is in no table, average or picture."""
+    tree = fabricate(tmp_path, rows=20, layers=1)
+    recipes = {name: recipe for name, recipe in tree.params.evolve.releases.items() if name != "v2"}
+    tree.params = replace(
+        tree.params, tasks=tree.tasks[:3], releases=("v0", "v1"), evolve=EvolveParams(releases=recipes)
+    )
+    notes: list[str] = []
+    tree.run(on_note=notes.append)
+    before = _contents(tree)
+    (note,) = notes
+    for orphan in ("patches/v0/world_gsm8k", "patches/v2/world_sst2", "releases/v2", "evaluate/v2.json"):
+        assert orphan in note
+    assert "v1/world_sst2" not in note
+
+    _remove_orphans(tree)
+    tree.run(force=True, on_note=notes.append)
+    assert len(notes) == 1
+    assert _contents(tree) == before
+    assert b"gsm8k" not in b"".join(before.values())
+
+
+def _contents(tree: Any) -> dict[str, bytes]:
+    paths = tree.paths()
+    files = [paths["metrics"], *paths["out"].iterdir(), *paths["plots"].iterdir()]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def _remove_orphans(tree: Any) -> None:
+    models, results = tree.root / "models", tree.root / "results"
+    for folder in (models / "releases/v2", *models.glob("p*/v2"), *models.glob("p*/v[01]/world_gsm8k")):
+        shutil.rmtree(folder)
+    for file in (
+        *results.glob("evaluate/v2.*"),
+        *results.glob("cost/*/v2-*"),
+        *results.glob("cost/*/v[01]-world_gsm8k.json"),
+    ):
+        file.unlink()
+    for release in tree.params.releases:
+
+        def keep_named(evaluation: Any) -> None:
+            evaluation["results"] = [
+                row for row in evaluation["results"] if "world_gsm8k" not in (row["task"], row["patch_task"])
+            ]
+
+        edit(results / "evaluate" / f"{release}.json", keep_named)
