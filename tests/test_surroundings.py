@@ -75,8 +75,12 @@ def test_what_a_test_writes_by_default_lands_outside_the_project(small: Path, tm
     assert "MLFLOW_TRACKING_URI" not in os.environ
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     """
-    server = "http://127.0.0.1:9"
-    theirs = {"HOME": str(home), "MLFLOW_TRACKING_URI": server, "MPLCONFIGDIR": str(home), "HF_TOKEN": "x"}
+    theirs = {
+        "HOME": str(home),
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
+        "MPLCONFIGDIR": str(home),
+        "HF_TOKEN": "x",
+    }
     done = _run(small, f"def test_it():{body}", **theirs)
     assert done.returncode == 0, done.stdout
     assert (small / "mlflow.db").read_text() == "runs"

@@ -1,15 +1,19 @@
-"""A copy of the project's pipeline in a directory of its own, with DVC told to keep its files there."""
+"""A copy of the project's pipeline in a directory of its own, where DVC keeps its files as well."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+
+from tests.pipeline import fork_server
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -29,7 +33,7 @@ class Project:
         }
 
     def dvc(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """`dvc …`, with what it printed; it must succeed."""
+        """Run `dvc …`, which must succeed; returns what it printed."""
         done = subprocess.run(
             ["dvc", *words], cwd=self.folder, env=self.env, capture_output=True, text=True, check=False
         )
@@ -37,7 +41,7 @@ class Project:
         return done
 
     def start(self, *words: str) -> subprocess.Popen[bytes]:
-        """`dvc …` in the background, in a session of its own."""
+        """Start `dvc …` in a session of its own."""
         return subprocess.Popen(
             ["dvc", *words],
             cwd=self.folder,
@@ -53,6 +57,32 @@ class Project:
         text = file.read_text(encoding="utf-8")
         assert old in text
         file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory with a `portllm` whose processes are forked from one that has loaded every library.
+
+    For pipelines that are run for what they write: see fork_server.py for what is not as in a process of its own.
+    """
+    folder = tmp_path_factory.mktemp("forked")
+    address = folder / "socket"
+    fork_server.write_clients(folder, address)
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, str(Path(fork_server.__file__)), str(address)],
+            stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not address.exists():
+            assert server.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, "the libraries did not load"
+            time.sleep(0.1)
+        yield folder
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
 
 
 @pytest.fixture

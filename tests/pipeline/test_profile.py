@@ -54,7 +54,9 @@ def tiny(project: Callable[..., Any]) -> Any:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, one.folder / name)
     shutil.copytree(ROOT / ".dvc" / "plots", one.folder / ".dvc" / "plots")
-    (one.folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    for name in ("portllm", "dvc"):  # what the Makefile takes from .venv
+        (one.folder / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
+        (one.folder / ".venv" / "bin" / name).symlink_to(Path(sys.executable).parent / name)
     (one.folder / "profiles").mkdir()
     (one.folder / "profiles" / "tiny.yaml").write_text(PROFILE, encoding="utf-8")
     (one.folder / "model").mkdir()
@@ -101,7 +103,10 @@ def make(one: Any, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_one_command_runs_a_profile_whole_and_leaves_the_project_alone(tiny: Any) -> None:
+def test_one_command_runs_a_profile_whole_and_leaves_the_project_alone(tiny: Any, forked: Path) -> None:
+    command = tiny.folder / ".venv" / "bin" / "portllm"
+    command.unlink()
+    command.symlink_to(forked / "portllm")
     write_data(tiny.folder / "data" / "local")
     write_model(tiny.folder / "model", tiny.folder / "data" / "local")
     before = {name: (tiny.folder / name).read_bytes() for name in ("params.yaml", "dvc.yaml")}
