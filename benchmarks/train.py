@@ -153,7 +153,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         precision=options.precision, threads=options.threads, group_by_length=options.child == GROUPED,
     )  # fmt: skip
     base = loading.frozen_base(options.model, optim)
-    model = training.add_lora(base, LoraParams(dropout=0.0), seed=0)
+    model = loading.add_lora(base, LoraParams(dropout=0.0), seed=0)
     pad = tokenizer.pad_token_id or 0
     started_at = time.perf_counter()
     seconds: list[float] = []

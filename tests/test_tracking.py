@@ -190,7 +190,7 @@ def test_a_registered_adapter_loads_over_the_base_it_is_given(tmp_path, checkpoi
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from portllm.lm.learning.training import add_lora
+    from portllm.lm.learning.loading import add_lora
 
     patched = add_lora(AutoModelForCausalLM.from_pretrained(checkpoint), LoraParams(r=2), seed=0)
     for name, weight in patched.named_parameters():

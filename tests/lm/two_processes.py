@@ -20,7 +20,7 @@ import torch
 
 from portllm import cli, processes
 from portllm.lm.data import encoding
-from portllm.lm.learning import llama, training
+from portllm.lm.learning import llama, loading, training
 from portllm.lm.quiet import quieten
 from portllm.params import ArchitectureParams, LoraParams, OptimParams
 from portllm.world import tokenizer
@@ -50,7 +50,7 @@ def fitted(
     words = tokenizer.build()
     model: Any = llama.new_llama(words, SHAPE, seed=0)
     if lora:
-        model = training.add_lora(model, LoraParams(r=2, alpha=4, dropout=dropout), seed=5)
+        model = loading.add_lora(model, LoraParams(r=2, alpha=4, dropout=dropout), seed=5)
 
     def progress(step: int, _: int) -> None:
         if step == stop:

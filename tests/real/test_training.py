@@ -52,10 +52,10 @@ def test_the_loss_is_that_of_the_plain_loop_over_padded_rows(data: Path) -> None
     pairs = tasks.training_pairs("sst2", data, tokenizer)
     examples = encoding.encode(tokenizer, pairs, 256).examples
     assert len(examples) == ROWS
-    model = training.add_lora(loading.frozen_base(STORIES, optim), LoraParams(dropout=0.0), seed=0)
+    model = loading.add_lora(loading.frozen_base(STORIES, optim), LoraParams(dropout=0.0), seed=0)
     fitted = training.fit(model, tokenizer, examples, optim=optim, seed=0)
     plain = _plain_loop(
-        training.add_lora(loading.frozen_base(STORIES, optim), LoraParams(dropout=0.0), seed=0), examples, optim
+        loading.add_lora(loading.frozen_base(STORIES, optim), LoraParams(dropout=0.0), seed=0), examples, optim
     )
     assert [row["loss"] for row in fitted.history] == pytest.approx(plain, rel=1e-4)
     assert fitted.cost["useful_tokens_per_second"] < fitted.cost["tokens_per_second"]

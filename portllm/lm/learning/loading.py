@@ -1,9 +1,12 @@
-"""A base loaded for training: in which precision, with which attention, quantised or not."""
+"""A base made ready for training: its precision, attention and quantisation, its tokenizer, a fresh LoRA on it."""
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,68 +14,98 @@ from portllm.errors import CheckpointError, MachineError, ParamsError
 from portllm.lm.opening import refusals
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch.nn import Module
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from portllm.params import OptimParams
+    from portllm.params import LoraParams, OptimParams
 
 FOUR_BITS = "4bit"
-NF4 = "bitsandbytes-nf4"  # as patch.json names it
+NF4 = "bitsandbytes-nf4"  # the name in patch.json
 
 
 def computes_in(precision: str) -> str:
-    """`fp32` or `bf16`: what is asked for, or with `auto` what this machine is best at. Raises MachineError."""
+    """Return `fp32` or `bf16`: `precision` itself, or for `auto` the best of this machine. Raises MachineError."""
     import torch
 
     if precision == "fp32":
         return precision
-    # emulated, which older GPUs can do, it is slower than fp32
-    able = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bf16" and torch.cuda.is_available() and not able:
+    # older GPUs emulate bf16, slower than they compute fp32
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and torch.cuda.is_available() and not has_bf16:
         raise MachineError("optim.precision: bf16 needs a GPU of NVIDIA's Ampere or a later kind; use fp32")
-    return "bf16" if able or precision == "bf16" else "fp32"
+    return "bf16" if has_bf16 or precision == "bf16" else "fp32"
 
 
 def frozen_base(base: Path, optim: OptimParams, quantization: str = "none") -> PreTrainedModel:
-    """The model at `base` to put a LoRA on: its weights in the precision that is computed in, or in 4 bits.
+    """Load the model at `base` to put a LoRA on: its weights in the precision of the computation, or in 4 bits.
 
     Raises CheckpointError and MachineError.
     """
     import torch
 
-    kind = torch.bfloat16 if computes_in(optim.precision) == "bf16" else torch.float32
+    dtype = torch.bfloat16 if computes_in(optim.precision) == "bf16" else torch.float32
     if quantization != FOUR_BITS:
-        return _load(base, optim, dtype=kind)
+        return _load(base, optim, dtype=dtype)
     from peft import prepare_model_for_kbit_training
 
-    model = _load(base, optim, **_in_four_bits(kind))
+    model = _load(base, optim, **_in_four_bits(dtype))
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 def trainable_base(base: Path, optim: OptimParams) -> PreTrainedModel:
-    """The model at `base` to train whole: fp32 weights, whatever is computed in, as small steps vanish in bf16."""
+    """Load the model at `base` to train all its weights: in fp32, because small steps vanish in bf16."""
     import torch
 
     return _load(base, optim, dtype=torch.float32)
 
 
 def tokenizer_of(base: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer at `base`. Raises CheckpointError when it has none that can be read."""
+    """Return the tokenizer at `base`. Raises CheckpointError when there is none, or none that can be read."""
     from transformers import AutoTokenizer
 
     with refusals(base, CheckpointError, "no readable tokenizer ({}); fetch the base again"):
         return AutoTokenizer.from_pretrained(base)
 
 
-def attention_for(config: Any, optim: OptimParams) -> str | None:
-    """What to hand transformers as attn_implementation; None: its own choice, sdpa where the model has it.
+def add_lora(model: PreTrainedModel, lora: LoraParams, seed: int) -> PeftModel:
+    """Return `model` with a fresh LoRA (arXiv:2106.09685) on every target module; only the LoRA is trainable.
 
-    Raises MachineError for flash_attention_2 where it is not installed, ParamsError where fp32 is computed in.
+    Raises ParamsError for a target that matches no module that LoRA adapts: PEFT ignores it while another matches.
     """
-    wanted = optim.attention
-    if wanted == "auto":
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    _check_targets(model, lora.target_modules)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        # a list, not a set: the order is written into adapter_config.json
+        target_modules=list(lora.target_modules),
+        use_rslora=lora.use_rslora,
+    )
+    with warnings.catch_warnings():
+        # PEFT reads a property that transformers is renaming
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise ParamsError(f"lora.target_modules: PEFT refuses them ({_line(error)}); name other modules") from error
+
+
+def attention_for(config: Any, optim: OptimParams) -> str | None:
+    """Return transformers' attn_implementation; None for its own choice, sdpa where the model has it.
+
+    Raises MachineError for flash_attention_2 where it is not installed, ParamsError where the computation is in fp32.
+    """
+    attention = optim.attention
+    if attention == "auto":
         # soft-capped logits (Gemma 2, arXiv:2408.00118): sdpa cannot cap them, and would train another model
         return "eager" if getattr(config, "attn_logit_softcapping", None) else None
-    if wanted == "flash_attention_2":
+    if attention == "flash_attention_2":
         import torch
 
         if not torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is None:
@@ -84,21 +117,48 @@ def attention_for(config: Any, optim: OptimParams) -> str | None:
             raise ParamsError(
                 "optim.attention: flash_attention_2 computes in bf16, found fp32; use precision: bf16, or auto"
             )
-    return wanted
+    return attention
+
+
+def _check_targets(model: Module, targets: Sequence[str]) -> None:
+    """Raise ParamsError for the first target that matches no linear or embedding of `model`, by PEFT's rule."""
+    if not targets:
+        raise ParamsError("lora.target_modules: expected the name of a module or more, found none; add one")
+    names = [name for name, module in model.named_modules() if isinstance(module, _adaptable_types())]
+    for target in targets:
+        if any(name == target or name.endswith(f".{target}") for name in names):
+            continue
+        available = sorted({name.rpartition(".")[2] for name in names})
+        nearest = difflib.get_close_matches(target.rpartition(".")[2], available, n=2, cutoff=0.5)
+        question = f"did you mean {' or '.join(nearest)}? " if nearest else ""
+        raise ParamsError(
+            f"lora.target_modules: {target} matches no module of the base that LoRA adapts; {question}"
+            f"The base has {', '.join(available)}."
+        )
+
+
+def _adaptable_types() -> tuple[type[Module], ...]:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
 
 def _load(base: Path, optim: OptimParams, **options: Any) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with refusals(base, CheckpointError, "cannot be loaded for training ({}); is it a whole base?"):
-        wanted = attention_for(AutoConfig.from_pretrained(base), optim)
+        attention = attention_for(AutoConfig.from_pretrained(base), optim)
         return AutoModelForCausalLM.from_pretrained(
-            base, attn_implementation=wanted, use_safetensors=True, trust_remote_code=False, **options
+            base, attn_implementation=attention, use_safetensors=True, trust_remote_code=False, **options
         )
 
 
-def _in_four_bits(kind: Any) -> dict[str, Any]:
-    """How from_pretrained quantises: NF4 with double quantisation (QLoRA, arXiv:2305.14314). Raises MachineError."""
+def _in_four_bits(dtype: Any) -> dict[str, Any]:
+    """Return from_pretrained's options for NF4 with double quantisation (QLoRA, arXiv:2305.14314).
+
+    Raises MachineError.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -115,11 +175,15 @@ def _in_four_bits(kind: Any) -> dict[str, Any]:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=kind,
-        bnb_4bit_quant_storage=kind,  # a floating type: FSDP can shard no other
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # a floating type: FSDP can shard no other
     )
     return {
         "quantization_config": quantised,
-        "dtype": kind,
+        "dtype": dtype,
         "device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))},
     }
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

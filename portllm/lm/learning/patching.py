@@ -64,7 +64,7 @@ def train(
     for note in encoded.notes(params.max_length):
         on_note(note)
     model = loading.frozen_base(base, params.optim, params.quantization)
-    patched = training.add_lora(model, params.lora, params.seed)
+    patched = loading.add_lora(model, params.lora, params.seed)
     trainable = patched.num_parameters(only_trainable=True)  # once sharded, a process sees its share alone
     fitted = training.fit(
         patched, tokenizer, encoded.examples, optim=params.optim, seed=params.seed,

@@ -129,7 +129,7 @@ def continued(base: Path, corpus: Path, params: EvolveParams, watch: Watch | Non
     if params.mode == "full":
         model: Any = loading.trainable_base(base, params.optim)
     else:
-        model = training.add_lora(loading.frozen_base(base, params.optim), params.lora, params.seed)
+        model = loading.add_lora(loading.frozen_base(base, params.optim), params.lora, params.seed)
     return _fit(model, tokenizer, corpus, params, watch or Watch(), base)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-    from portllm.params import LoraParams, OptimParams
+    from portllm.params import OptimParams
 
 OnMetrics = loop.OnMetrics
 OnProgress = loop.OnProgress
@@ -51,27 +50,6 @@ class Fitted:
 def last_loss(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The loss of the last row as a metric; nothing where training was too short to log one."""
     return {"loss": history[-1]["loss"]} if history else {}
-
-
-def add_lora(model: PreTrainedModel, lora: LoraParams, seed: int) -> PeftModel:
-    """`model` with a fresh LoRA (arXiv:2106.09685) on every target module; only the LoRA is trainable."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        # a list, not a set: the order is written into adapter_config.json
-        target_modules=list(lora.target_modules),
-        use_rslora=lora.use_rslora,
-    )
-    with warnings.catch_warnings():
-        # PEFT asks for a property that transformers is renaming
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        return get_peft_model(model, config)
 
 
 def fit(

@@ -7,9 +7,7 @@ import time
 import pytest
 import torch
 
-from portllm.errors import MachineError, ParamsError
-from portllm.lm.learning import loading, machine
-from portllm.params import OptimParams
+from portllm.lm.learning import machine
 
 
 def test_a_busy_block_is_busy_and_an_idle_one_is_not() -> None:
@@ -54,22 +52,6 @@ def test_the_line_names_what_there_is() -> None:
     assert machine.usage(more).endswith("512 MB, GPU 93%, 21.00 GB on the GPU, 8 processes")
 
 
-def test_precision_follows_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cuda, bf16, auto in ((False, False, "fp32"), (True, False, "fp32"), (True, True, "bf16")):
-        monkeypatch.setattr("torch.cuda.is_available", lambda cuda=cuda: cuda)
-        # a Turing GPU emulates it, and says so unless asked
-        monkeypatch.setattr(
-            "torch.cuda.is_bf16_supported", lambda including_emulation=True, bf16=bf16: bf16 or including_emulation
-        )
-        assert loading.computes_in("auto") == auto
-        assert loading.computes_in("fp32") == "fp32"
-        if cuda and not bf16:
-            with pytest.raises(MachineError, match="bf16 needs"):
-                loading.computes_in("bf16")
-        else:
-            assert loading.computes_in("bf16") == "bf16"
-
-
 @pytest.mark.parametrize("answer", [50, ModuleNotFoundError("pynvml"), AttributeError("NVMLError_NotSupported")])
 def test_it_is_this_process_s_gpu_that_is_looked_at(answer: int | Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """What NVML refuses is left out of the figures, and says nothing."""
@@ -92,11 +74,3 @@ def test_it_is_this_process_s_gpu_that_is_looked_at(answer: int | Exception, mon
         time.sleep(0.1)
     assert set(asked) == {3}
     assert meter.figures(1, 1).get("gpu_utilisation") == (0.5 if answer == 50 else None)
-
-
-def test_the_attention_that_knows_no_fp32_is_not_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: "there")
-    optim = OptimParams(attention="flash_attention_2", precision="fp32")
-    with pytest.raises(ParamsError, match="flash_attention_2 computes in bf16"):
-        loading.attention_for(None, optim)

@@ -50,7 +50,7 @@ def test_the_same_inputs_give_byte_identical_weights_and_history(words: object) 
     runs = []
     for _ in range(2):
         torch.manual_seed(torch.initial_seed() + 1)  # whatever ran before must not matter
-        model = training.add_lora(tiny(words), LoraParams(r=2, alpha=4, dropout=0.2), seed=5)
+        model = loading.add_lora(tiny(words), LoraParams(r=2, alpha=4, dropout=0.2), seed=5)
         history = training.fit(model, words, examples, optim=OPTIM, seed=5).history
         runs.append((history, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
     (history, weights), (again, same) = runs
@@ -63,7 +63,7 @@ def test_the_same_inputs_give_byte_identical_weights_and_history(words: object) 
 def test_only_the_lora_learns_and_loss_falls(words: object) -> None:
     base = tiny(words)
     before = copy.deepcopy(base.state_dict())
-    model = training.add_lora(base, LoraParams(r=4, alpha=8, dropout=0.0), seed=0)
+    model = loading.add_lora(base, LoraParams(r=4, alpha=8, dropout=0.0), seed=0)
     heard: list[tuple[int, float]] = []
     training.fit(
         model,
@@ -89,7 +89,7 @@ def test_a_new_llama_has_the_shape_asked_for_and_depends_on_its_seed_only(words:
 
 def trained(words: object, optim: OptimParams, folder: Path | None = None, stop: int = 0) -> dict[str, torch.Tensor]:
     """The trained weights of one training, with its losses as `loss`."""
-    model = training.add_lora(tiny(words), LoraParams(r=2, alpha=4, dropout=0.2), seed=5)
+    model = loading.add_lora(tiny(words), LoraParams(r=2, alpha=4, dropout=0.2), seed=5)
 
     def progress(step: int, _: int) -> None:
         if step == stop:
@@ -121,7 +121,7 @@ def test_what_is_told_before_a_resumption_is_told_again(words: object, tmp_path:
         trained(words, optim, tmp_path, stop=5)
     heard: list[int] = []
     notes: list[str] = []
-    model = training.add_lora(tiny(words), LoraParams(r=2, alpha=4, dropout=0.2), seed=5)
+    model = loading.add_lora(tiny(words), LoraParams(r=2, alpha=4, dropout=0.2), seed=5)
     training.fit(
         model, words, encoding.encode(words, PAIRS * 3, 32).examples, optim=optim, seed=5, checkpoints=tmp_path,
         on_metrics=lambda step, _: heard.append(step), on_note=notes.append,
@@ -146,7 +146,7 @@ def test_what_was_resumed_from_is_let_go(words: object, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(snapshots.Snapshots, "newest", newest)
     alive: list[bool] = []
-    model = training.add_lora(tiny(words), LoraParams(r=2, alpha=4, dropout=0.2), seed=5)
+    model = loading.add_lora(tiny(words), LoraParams(r=2, alpha=4, dropout=0.2), seed=5)
     training.fit(
         model, words, encoding.encode(words, PAIRS * 3, 32).examples, optim=optim, seed=5, checkpoints=tmp_path,
         on_progress=lambda *_: alive.append(any(one() is not None for one in read)),
@@ -194,7 +194,7 @@ def test_accumulated_batches_are_one_large_batch(words: object) -> None:
     optim = dataclasses.replace(OPTIM, max_steps=4, logging_steps=1)
     histories = []
     for batch, accumulated in ((4, 1), (2, 2), (1, 4)):
-        model = training.add_lora(tiny(words), LoraParams(r=2, alpha=4, dropout=0.0), seed=5)
+        model = loading.add_lora(tiny(words), LoraParams(r=2, alpha=4, dropout=0.0), seed=5)
         one = dataclasses.replace(optim, batch_size=batch, gradient_accumulation=accumulated)
         histories.append([row["loss"] for row in training.fit(model, words, examples, optim=one, seed=5).history])
     assert histories[1] == pytest.approx(histories[0], rel=1e-5)
@@ -212,7 +212,7 @@ def test_bf16_trains_an_fp32_lora_on_a_bf16_base(words: object, tmp_path: Path) 
     optim = dataclasses.replace(OPTIM, precision="bf16", max_steps=30, logging_steps=10)
     base = loading.frozen_base(tmp_path, optim)
     assert {p.dtype for p in base.parameters()} == {torch.bfloat16}
-    model = training.add_lora(base, LoraParams(r=4, alpha=8, dropout=0.0), seed=0)
+    model = loading.add_lora(base, LoraParams(r=4, alpha=8, dropout=0.0), seed=0)
     history = training.fit(model, words, encoding.encode(words, PAIRS, 32).examples, optim=optim, seed=0).history
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert {p.dtype for p in trainable} == {torch.float32}
@@ -255,7 +255,7 @@ def test_every_family_learns_whatever_its_rows_are_padded_with(family: str, word
             together = base(input_ids=padded["input_ids"], labels=labels).loss
             torch.testing.assert_close(together, base(**collate([example])).loss, rtol=1e-5, atol=1e-6)
 
-    model = training.add_lora(base, LoraParams(r=4, alpha=8, dropout=0.0), seed=0)
+    model = loading.add_lora(base, LoraParams(r=4, alpha=8, dropout=0.0), seed=0)
     tokenizer = copy.copy(words)
     tokenizer.pad_token = None
     assert tokenizer.pad_token_id is None

@@ -42,7 +42,7 @@ def kept_bytes(model: Any, batch: torch.Tensor) -> int:
 def test_activations_are_what_autograd_keeps(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from portllm.lm.learning.training import add_lora
+    from portllm.lm.learning.loading import add_lora
 
     config = LlamaConfig(
         vocab_size=64, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=8,

@@ -36,7 +36,7 @@ def on_meta(kind: str, changes: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize(("kind", "changes"), CONFIGS)
 def test_parameters_are_counted_as_transformers_does(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    from portllm.lm.learning.training import add_lora
+    from portllm.lm.learning.loading import add_lora
 
     model = on_meta(kind, changes)
     model.config.save_pretrained(tmp_path)
