@@ -175,7 +175,7 @@ def _checks(record: PortRecord, merged: bool) -> Iterable[str]:
     if merged:
         changed, copied = record.tensors.get("changed", 0), record.tensors.get("copied", 0)
         yield f"{changed} tensors changed, each rounded once; {copied} tensors are byte-identical to the base's"
-    yield "the SHA-256 of every file is in port.json"
+    yield "the BLAKE3 of every file is in port.json"
 
 
 def _use_merged(auto: str) -> list[str]:

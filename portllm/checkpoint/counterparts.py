@@ -43,7 +43,7 @@ def made_before(out: Path, *, patch: Path, onto: Path, source: Path | None, para
     asked = (params.as_, params.scale, params.method, *provenance.versions(*provenance.COMPUTING).items())
     if asked != (record.output, record.scale, record.method, *record.versions.items()):
         return None
-    if record.configs != provenance.configs(onto, patch):
+    if record.configs != provenance.configs(onto, patch, record.algorithm):
         return None
     known = {patch: record.patch.fingerprint, onto: record.base.fingerprint}
     if source is not None:
@@ -51,7 +51,8 @@ def made_before(out: Path, *, patch: Path, onto: Path, source: Path | None, para
     if any(fingerprint.fingerprint(path) != mark for path, mark in known.items()):
         return None
     copies = companions(onto, patch) if record.output == "merged" else tokenizer_files(patch)
-    if any(record.files.get(n) != fingerprint.file_digest(p) for n, p in copies.items() if n != "config.json"):
+    copies.pop("config.json", None)  # `configs` has it
+    if any(record.files.get(n) != fingerprint.file_digest(p, record.algorithm) for n, p in copies.items()):
         return None
     manifest.check_names()
     manifest.check_digests(Meter(manifest.nbytes))
@@ -68,10 +69,11 @@ def adapter_file(patch: Patch, old: Old | None, folder: Path) -> TargetFile:
 
 def check_config(manifest: Manifest, name: str, folder: Path) -> None:
     """The config `name` of base or patch is the one the port read, where it recorded that."""
-    expected, found = manifest.record.configs.get(name), fingerprint.file_digest(folder / name)
+    record = manifest.record
+    expected, found = record.configs.get(name), fingerprint.file_digest(folder / name, record.algorithm)
     if expected not in (None, found):
         raise VerificationError(
-            f"{folder / name}: has SHA-256 {found[:12]}, {manifest.folder / PortRecord.FILE} was made with "
+            f"{folder / name}: has {record.algorithm_name} {found[:12]}, {manifest.folder / PortRecord.FILE} was made with "
             f"{str(expected)[:12]}; pass the one it was made with, or port again"
         )
 
@@ -118,9 +120,9 @@ def _scalings(patch: Patch, scale: float) -> dict[str, float]:
 
 
 def _check_copies(manifest: Manifest, copies: Mapping[str, Path], made: set[str]) -> None:
-    recorded = manifest.record.files
+    recorded, algorithm = manifest.record.files, manifest.record.algorithm
     for name, source in copies.items():
-        if name not in made and recorded.get(name) != fingerprint.file_digest(source):
+        if name not in made and recorded.get(name) != fingerprint.file_digest(source, algorithm):
             raise _wrong(manifest.folder / name, f"expected a copy of {source}, found another file or none")
     if strangers := sorted(recorded.keys() - copies.keys() - made):
         raise _wrong(manifest.folder / PortRecord.FILE, f"names {strangers[0]}, which is neither base's nor patch's")

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal, Protocol
 
 from blake3 import blake3
 
@@ -27,7 +28,18 @@ from portllm.errors import OutputError
 PIECE_BYTES = 1 << 20
 SETTLED_NS = 2_000_000_000  # a file younger than this could change again within one tick of its clock
 ADAPTER = "adapter_model.safetensors"
+Algorithm = Literal["blake3", "sha256"]  # of a file's digest
 KIND = "blake3"  # of the digests in the cache: others are not believed
+
+
+class Hash(Protocol):
+    """A running hash of bytes, as hashlib and blake3 give it."""
+
+    def update(self, data: memoryview, /) -> object:
+        """Add the next bytes."""
+
+    def hexdigest(self) -> str:
+        """Return the digest of all bytes so far, in hex."""
 
 
 def fingerprint(path: Path) -> str:
@@ -68,10 +80,18 @@ def combine(tensors: Mapping[TensorEntry, str]) -> str:
     return str(total.hexdigest())
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a whole file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_hash(algorithm: Algorithm) -> Hash:
+    """Return a new hash of that kind, for the bytes of a file."""
+    return hashlib.sha256() if algorithm == "sha256" else blake3()
+
+
+def file_digest(path: Path, algorithm: Algorithm = "sha256") -> str:
+    """Return the digest of a complete file, in hex."""
+    total, buffer = file_hash(algorithm), memoryview(bytearray(PIECE_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            total.update(buffer[:count])
+    return total.hexdigest()
 
 
 def cached(shard: Header) -> dict[str, str] | None:

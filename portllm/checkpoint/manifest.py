@@ -1,4 +1,4 @@
-"""A ported directory against its own port.json: every file with its SHA-256, no other weights, the same fingerprint.
+"""A ported directory against its own port.json: every file with its digest, no other weights, the same fingerprint.
 
 Nothing port.json says is trusted before it is checked: it may have been edited, or written by someone else.
 """
@@ -6,7 +6,6 @@ Nothing port.json says is trusted before it is checked: it may have been edited,
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import re
@@ -70,13 +69,14 @@ class Manifest:
                 )
 
     def check_digests(self, meter: Meter) -> None:
-        """Read every file. Raises VerificationError for the first whose SHA-256 is not port.json's."""
+        """Read every file. Raises VerificationError for the first whose digest is not port.json's."""
+        algorithm = self.record.algorithm
         for name, path in self.files.items():
-            found, expected = _digest(path, meter), self.record.files[name]
+            found, expected = _digest(path, algorithm, meter), self.record.files[name]
             if found != expected:
                 raise VerificationError(
-                    f"{self.folder / name}: has SHA-256 {found[:12]}, {PortRecord.FILE} says {expected[:12]}; "
-                    "it was changed or damaged after the port, port again"
+                    f"{self.folder / name}: has {self.record.algorithm_name} {found[:12]}, {PortRecord.FILE} says "
+                    f"{expected[:12]}; it was changed or damaged after the port, port again"
                 )
 
     def check_fingerprint(self, meter: Meter) -> None:
@@ -100,10 +100,10 @@ def _malformed(record: PortRecord) -> str | None:
         f"output must be one of {', '.join(OUTPUTS)}": record.output in OUTPUTS,
         "scale must be finite": math.isfinite(record.scale),
         "files must name at least one file": bool(record.files),
-        "files and configs must map names to SHA-256 digests": all(
+        "files and configs must map names to digests of 64 hex digits": all(
             HEX.fullmatch(digest) for digest in (*record.files.values(), *record.configs.values())
         ),
-        "every fingerprint must be a SHA-256": all(
+        "every fingerprint must be 64 hex digits": all(
             HEX.fullmatch(mark) for mark in (record.fingerprint or "", *(s.fingerprint or "0" * 64 for s in sources))
         ),
     }
@@ -154,8 +154,8 @@ def _is_loaded(name: str) -> bool:
     return Path(name).suffix in WEIGHT_SUFFIXES | {".py"} or name.endswith(".index.json") or name in LOADED
 
 
-def _digest(path: Path, meter: Meter) -> str:
-    total, buffer = hashlib.sha256(), memoryview(bytearray(PIECE_BYTES))
+def _digest(path: Path, algorithm: fingerprint.Algorithm, meter: Meter) -> str:
+    total, buffer = fingerprint.file_hash(algorithm), memoryview(bytearray(PIECE_BYTES))
     try:
         with path.open("rb", buffering=0) as file:
             while count := file.readinto(buffer):

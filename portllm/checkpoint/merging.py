@@ -24,7 +24,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written: SHA-256 by file, and the fingerprints of the base and of what became of it."""
+    """What was written: BLAKE3 by file, and the fingerprints of the base and of what became of it."""
 
     files: Mapping[str, str]
     base_fingerprint: str
@@ -48,9 +48,9 @@ def write_merged(
     files = {name: copy_file(path, under(folder, name), meter) for name, path in extras.items()}
     for name, text in own.items():
         (folder / name).write_text(text, encoding="utf-8")
-        files[name] = fingerprint.file_digest(folder / name)
+        files[name] = fingerprint.file_digest(folder / name, "blake3")
     written = write_files(targets, Job(_known(base), meter))
-    files.update({path.name: result.sha256 for path, result in written.items()})
+    files.update({path.name: result.digest for path, result in written.items()})
     after = {entry: digest for result in written.values() for entry, digest in result.after.items()}
     return Merged(files, _base_fingerprint(base, written), fingerprint.combine(after))
 

@@ -9,7 +9,7 @@ import subprocess  # noqa: S404  (git is asked one fixed question)
 from collections.abc import Iterable
 from pathlib import Path
 
-from portllm.checkpoint.fingerprint import file_digest
+from portllm.checkpoint.fingerprint import Algorithm, file_digest
 
 # hub caches keep a repository's files in …/models--OWNER--NAME/snapshots/REVISION
 SNAPSHOTS = "snapshots"
@@ -62,9 +62,9 @@ def revision(path: Path) -> str | None:
     return path.name if path.parent.name == SNAPSHOTS else None
 
 
-def configs(base: Path, patch: Path) -> dict[str, str]:
-    """SHA-256 of what a port depends on beside tensors: the base's config.json and the patch's adapter_config.json."""
-    return {path.name: file_digest(path) for path in (base / "config.json", patch / "adapter_config.json")}
+def configs(base: Path, patch: Path, algorithm: Algorithm = "blake3") -> dict[str, str]:
+    """Digests of what a port depends on beside tensors: the base's config.json and the patch's adapter_config.json."""
+    return {path.name: file_digest(path, algorithm) for path in (base / "config.json", patch / "adapter_config.json")}
 
 
 def digests(paths: Iterable[Path]) -> dict[str, str]:

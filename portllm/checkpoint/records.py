@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from portllm.checkpoint.fingerprint import Algorithm
 from portllm.checkpoint.reader import read_json_object
 from portllm.errors import CheckpointError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # of every record but port.json, whose second version has BLAKE3 where the first has SHA-256
 Kind = TypeVar("Kind", bound="Record")
 
 
@@ -38,6 +39,7 @@ class Record:
     """A record file: written as sorted, indented JSON; read back strictly."""
 
     FILE: ClassVar[str] = ""
+    VERSIONS: ClassVar[tuple[int, ...]] = (SCHEMA_VERSION,)
     schema_version: int = SCHEMA_VERSION
 
     def write(self, folder: Path) -> None:
@@ -62,8 +64,8 @@ class Record:
     def _from_tree(cls: type[Kind], tree: Mapping[str, Any], path: Path) -> Kind:
         hints = typing.get_type_hints(cls)
         names = {f.name for f in dataclasses.fields(cls)}
-        if tree.get("schema_version") != SCHEMA_VERSION or not set(tree) <= names:
-            raise CheckpointError(f"{path}: expected schema version {SCHEMA_VERSION} of {cls.FILE}; make it again")
+        if tree.get("schema_version") not in cls.VERSIONS or not set(tree) <= names:
+            raise CheckpointError(f"{path}: expected schema version {cls.VERSIONS[-1]} of {cls.FILE}; make it again")
         sources = {k for k, hint in hints.items() if Source in (hint, *typing.get_args(hint))}
         try:
             values: dict[str, Any] = {k: _source(v) if k in sources else v for k, v in tree.items()}
@@ -119,10 +121,13 @@ class PatchRecord(Record):
 class PortRecord(Record):
     """port.json: which patch was put onto which base, how, and every file written.
 
-    `configs` holds the SHA-256 of base's config.json and patch's adapter_config.json, which no fingerprint covers.
+    `files` holds the digest of every file written, `configs` those of the base's config.json and the patch's
+    adapter_config.json, which no fingerprint covers: BLAKE3, or SHA-256 in schema version 1.
     """
 
     FILE: ClassVar[str] = "port.json"
+    VERSIONS: ClassVar[tuple[int, ...]] = (1, 2)
+    schema_version: int = 2
     base: Source
     patch: Source
     trained_on: Source | None = None
@@ -136,6 +141,16 @@ class PortRecord(Record):
     files: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """Return which digest `files` and `configs` hold."""
+        return "sha256" if self.schema_version == 1 else "blake3"
+
+    @property
+    def algorithm_name(self) -> str:
+        """Return the same for people."""
+        return "SHA-256" if self.schema_version == 1 else "BLAKE3"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import itertools
 import mmap
 import os
@@ -21,6 +20,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from portllm.checkpoint.fingerprint import file_hash
 from portllm.checkpoint.output import sync
 
 ALIGN = 4096  # of offset, length and memory in a direct write; a page
@@ -156,7 +156,7 @@ class Stream:
         self._turn = itertools.cycle(self._slots)
         self._filling: deque[tuple[_Slot, Future[None]]] = deque()
         self._position, self._tail = 0, b""
-        self._sha256 = hashlib.sha256()
+        self._digest = file_hash("blake3")
         self._whole, self._tensors = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._disk = ThreadPoolExecutor(DISK_THREADS)
 
@@ -182,7 +182,7 @@ class Stream:
             self._pass_on()
 
     def finish(self) -> str:
-        """Write what is left; returns the SHA-256 of all bytes. Raises what went wrong."""
+        """Write what is left; returns the BLAKE3 of all bytes. Raises what went wrong."""
         while self._filling:
             self._pass_on()
         for slot in self._slots:
@@ -191,7 +191,7 @@ class Stream:
             last = self._slots[0].new[:ALIGN]
             last[: len(self._tail)] = self._tail
             self._output.write(last, self._position - len(self._tail))
-        return self._sha256.hexdigest()
+        return self._digest.hexdigest()
 
     def _pass_on(self) -> None:
         """Hand the oldest filled buffer to the digests and, with what was left of the one before, to the disk."""
@@ -201,10 +201,13 @@ class Stream:
         whole = slot.stop - slot.stop % ALIGN
         self._tail = bytes(slot.new[whole : slot.stop])
         slot.pending = [
-            self._whole.submit(self._sha256.update, slot.new[slot.start : slot.stop]),
+            self._whole.submit(self._take, slot.new[slot.start : slot.stop]),
             self._tensors.submit(slot.digest),
             *self._disk_work(slot, whole),
         ]
+
+    def _take(self, data: memoryview) -> None:
+        self._digest.update(data)
 
     def _disk_work(self, slot: _Slot, whole: int) -> Iterator[Future[None]]:
         if not self._output.cloned:

@@ -7,7 +7,6 @@ pass.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from portllm.checkpoint.fingerprint import file_hash
 from portllm.checkpoint.headers import Header, TensorEntry, open_input, reading
 from portllm.checkpoint.pieces import Part, Sources, cut, largest_piece, packed
 from portllm.checkpoint.placing import laid_out, nbytes
@@ -62,13 +62,13 @@ class Job:
 
 @dataclass
 class Written:
-    """One written file: its SHA-256, the digests of its tensors before and after, and what it was made from.
+    """One written file: its BLAKE3, the digests of its tensors before and after, and what it was made from.
 
     `before` is keyed by the base's entries, of the tensors that were read; `after` by the entries written; `sources`
     holds the identity of each file read.
     """
 
-    sha256: str = ""
+    digest: str = ""
     sources: dict[Path, list[int]] = field(default_factory=dict)
     before: dict[TensorEntry, str] = field(default_factory=dict)
     after: dict[TensorEntry, str] = field(default_factory=dict)
@@ -95,8 +95,8 @@ def write_files(files: Sequence[TargetFile], job: Job) -> dict[Path, Written]:
 
 
 def copy_file(source: Path, target: Path, meter: Meter) -> str:
-    """Copy one file's bytes (following links) and return their SHA-256."""
-    digest = hashlib.sha256()
+    """Copy one file's bytes (following links) and return their BLAKE3."""
+    digest = file_hash("blake3")
     buffer = memoryview(bytearray(COPY_BYTES))
     with open_input(source) as file, target.open("wb") as writing:
         while count := _read(file, buffer, source):
@@ -112,14 +112,14 @@ def _read(file: BinaryIO, buffer: memoryview, path: Path) -> int:
 
 
 def write_subset(header: Header, names: Container[str], target: Path, meter: Meter) -> str:
-    """Write the tensors `names` of a file as a safetensors file of its own; returns its SHA-256."""
+    """Write the tensors `names` of a file as a safetensors file of its own; returns its BLAKE3."""
     kept = [Target(entry, (header, entry)) for entry in header.tensors.values() if entry.name in names]
     if len(kept) == len(header.tensors):
         return copy_file(header.path, target, meter)
     before = meter.done
     written = write_files([laid_out(kept, header.metadata, target)], Job({}, meter))
     meter.add(header.size - (meter.done - before))  # what was left out is done too
-    return written[target].sha256
+    return written[target].digest
 
 
 def _write_file(file: TargetFile, job: Job, workers: Executor, libraries: _Libraries) -> Written:
@@ -135,7 +135,7 @@ def _write_file(file: TargetFile, job: Job, workers: Executor, libraries: _Libra
                 stream.put(group)
                 digests += [piece.digests for piece in group if isinstance(piece, Part) and piece.offset == 0]
                 job.meter.add(sum(piece.nbytes for piece in group))
-            written.sha256 = stream.finish()
+            written.digest = stream.finish()
             sources.check()
             written.sources = sources.identities
     except BaseException:

@@ -103,7 +103,7 @@ def run(
             record = _write_adapter(folder, lora, base, old, record, on_progress)
         card = port_card(record, Facts.of(folder, onto, patch))
         (folder / "README.md").write_text(card, encoding="utf-8")
-        files = {**record.files, "README.md": fingerprint.file_digest(folder / "README.md")}
+        files = {**record.files, "README.md": fingerprint.file_digest(folder / "README.md", "blake3")}
         record = dataclasses.replace(record, files=dict(sorted(files.items())))
         record.write(folder)
     return record
@@ -148,9 +148,9 @@ def _write_adapter(
         files[WEIGHTS] = write_subset(patch.header, names, folder / WEIGHTS, meter)
     else:
         file, config = converted(patch, old, config, folder / WEIGHTS)
-        files[WEIGHTS] = write_files([file], Job({}, meter))[file.path].sha256
+        files[WEIGHTS] = write_files([file], Job({}, meter))[file.path].digest
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    files[CONFIG] = fingerprint.file_digest(folder / CONFIG)
+    files[CONFIG] = fingerprint.file_digest(folder / CONFIG, "blake3")
     return dataclasses.replace(
         record,
         base=dataclasses.replace(record.base, fingerprint=fingerprint.fingerprint(base.path)),

@@ -59,7 +59,7 @@ class VerifyRecord:
         mark = (self.record.fingerprint or "")[:12]
         lines = [
             f"{self.folder}: {len(self.record.files)} files, {self.nbytes / 1e6:.1f} MB, are as port.json says "
-            f"(SHA-256 of each; fingerprint {mark}), and no other weights are there"
+            f"({self.record.algorithm_name} of each; fingerprint {mark}), and no other weights are there"
         ]
         if self.proof is None:
             return [*lines, "not compared with base and patch: pass --onto and --patch to prove the tensors too"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import math
 import os
 import struct
@@ -51,8 +50,8 @@ def write(header: Header, out: Path, edits: dict[str, Callable[[], Edit]], known
     return write_files([plain_file(header, out, edits)], Job(dict(known), Meter(0)))[out]
 
 
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def blake3_of(data: bytes) -> str:
+    return str(blake3(data).hexdigest())
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -101,7 +100,7 @@ def test_any_layout(
     for target, header in headers.items():
         result = written[target]
         assert target.read_bytes()[: header.data_start] == header.path.read_bytes()[: header.data_start]
-        assert result.sha256 == sha256(target.read_bytes())
+        assert result.digest == blake3_of(target.read_bytes())
         assert result.sources == {header.path: identity(header.path.stat())}
         for name, tensor in load_file(target).items():
             assert torch.equal(tensor, after[name])
@@ -171,7 +170,7 @@ def test_tensors_of_several_files_and_of_none_in_one_file(one: Header, tmp_path:
     y = load_file(two.path)["y"]
     assert torch.equal(found["y"], lora.add_delta(y.view(6, 5), a, b, 1.0).view(3, 2, 5))
     assert torch.equal(found["w"], grown)
-    assert result.sha256 == sha256(out.read_bytes())
+    assert result.digest == blake3_of(out.read_bytes())
     assert result.after == {header.tensors[name]: digest(tensor) for name, tensor in found.items()}
     assert result.before == {one.tensors["w"]: digest(found["copy of w"]), two.tensors["y"]: digest(y)}
     assert set(result.sources) == {one.path, two.path}
@@ -282,7 +281,7 @@ def test_any_place_on_the_disks_pages(size: int, padding: int, tmp_path: Path, m
     assert torch.equal(found["a"], old)
     assert torch.equal(found["b"], lora.add_delta(old.view(-1, 1), a, b, 1.0))
     assert (tmp_path / "out").stat().st_size == path.stat().st_size
-    assert written.sha256 == sha256((tmp_path / "out").read_bytes())
+    assert written.digest == blake3_of((tmp_path / "out").read_bytes())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -329,7 +328,7 @@ def test_copy_file_follows_links(tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(b"bytes" * 300_000)
     (tmp_path / "link").symlink_to(tmp_path / "source")
     digest = copy_file(tmp_path / "link", tmp_path / "copy", Meter(0))
-    assert digest == sha256((tmp_path / "source").read_bytes())
+    assert digest == blake3_of((tmp_path / "source").read_bytes())
     assert (tmp_path / "copy").read_bytes() == (tmp_path / "source").read_bytes()
     assert not (tmp_path / "copy").is_symlink()
 
@@ -338,7 +337,7 @@ def test_copy_file_follows_links(tmp_path: Path) -> None:
 def test_a_subset_is_a_file_of_its_own(names: list[str], one: Header, tmp_path: Path) -> None:
     meter = Meter(one.size)
     digest = write_subset(one, names, tmp_path / "out", meter)
-    assert digest == sha256((tmp_path / "out").read_bytes())
+    assert digest == blake3_of((tmp_path / "out").read_bytes())
     assert meter.done == meter.total
     whole = load_file(one.path)
     found = load_file(tmp_path / "out")

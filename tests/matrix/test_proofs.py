@@ -31,7 +31,7 @@ ALL = Sample(everything=True)
 def forge(folder: Path) -> None:
     """Make port.json agree with the directory as it is now."""
     tree = json.loads((folder / "port.json").read_text())
-    tree["files"] = {name: fingerprint.file_digest(folder / name) for name in tree["files"]}
+    tree["files"] = {name: fingerprint.file_digest(folder / name, "blake3") for name in tree["files"]}
     tree["fingerprint"] = fingerprint.fingerprint(folder)
     (folder / "port.json").write_text(json.dumps(tree))
 
