@@ -73,8 +73,8 @@ def check_config(manifest: Manifest, name: str, folder: Path) -> None:
     expected, found = record.configs.get(name), fingerprint.file_digest(folder / name, record.algorithm)
     if expected not in (None, found):
         raise VerificationError(
-            f"{folder / name}: has {record.algorithm_name} {found[:12]}, {manifest.folder / PortRecord.FILE} was made with "
-            f"{str(expected)[:12]}; pass the one it was made with, or port again"
+            f"{folder / name}: has {record.algorithm_name} {found[:12]}, {manifest.folder / PortRecord.FILE} was made "
+            f"with {str(expected)[:12]}; pass the one it was made with, or port again"
         )
 
 

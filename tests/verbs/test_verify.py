@@ -84,16 +84,14 @@ def test_verify_reads_port_json_with_sha256_digests(world: World, kind: str) -> 
     assert tree["schema_version"] == 2
     assert tree["files"] == {name: blake3((folder / name).read_bytes()).hexdigest() for name in tree["files"]}
     old = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in tree["files"]}
-    configs = {
-        path.name: path.read_bytes() for path in (world.base / "config.json", world.patch / "adapter_config.json")
-    }
-    old_configs = {name: hashlib.sha256(content).hexdigest() for name, content in configs.items()}
+    configs = (world.base / "config.json", world.patch / "adapter_config.json")
+    old_configs = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in configs}
     older = {**tree, "schema_version": 1, "files": old, "configs": old_configs}
     (folder / "port.json").write_text(json.dumps(older))
     assert world.proven(folder).lines()[0].endswith("and no other weights are there")
-    assert "SHA256 of each" in world.proven(folder).lines()[0]
+    assert "SHA-256 of each" in world.proven(folder).lines()[0]
     flip(folder / "tokenizer.json" if kind == "merged" else folder / "README.md", 0)
-    with pytest.raises(VerificationError, match="has SHA256"):
+    with pytest.raises(VerificationError, match="has SHA-256"):
         verify.run(folder=folder)
 
 
@@ -102,7 +100,7 @@ def test_verify_refuses_digests_of_another_kind(world: World, version: object) -
     """Version 1 with BLAKE3 digests is a changed directory, an unknown version an error (issue 8, item 21)."""
     tree = json.loads((world.merged / "port.json").read_text())
     (world.merged / "port.json").write_text(json.dumps({**tree, "schema_version": version}))
-    with pytest.raises(PortllmError, match="has SHA256" if version == 1 else "expected schema version 2"):
+    with pytest.raises(PortllmError, match="has SHA-256" if version == 1 else "expected schema version 2"):
         verify.run(folder=world.merged)
 
 
