@@ -5,9 +5,8 @@
 Every figure is a whole process, imports included: median wall time over the runs and the largest resident set. The
 runs of the contestants alternate, so that a busy machine is unfair to none. The page cache is warm. `first` is a port
 of a base whose fingerprint is not in the cache yet; `again` is every later port onto it. A port is on the disk when it
-returns (fsync); `cp -r` is not, so the ratio to compare is the one to `cp -r; sync`. A bare `import torch` is measured, too: what
-PEFT cannot do without, and a port of plain LoRA does. PORTLLM_KERNEL=numpy measures what a machine without a C compiler
-gets.
+returns (fsync); `cp -r` is not, so the ratio to compare is the one to `cp -r; sync`. A bare `import torch` is measured,
+too: PEFT needs it, a port of plain LoRA does not. PORTLLM_KERNEL=numpy measures a machine without a C compiler.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ LINEARS = {
 }
 TARGETS = {"all linears": list(LINEARS), "q,v": ["self_attn.q_proj", "self_attn.v_proj"]}
 
+SIZES = [0.5, 1.0, 2.0, 4.0]  # gigabytes
 PEFT = "PEFT merge and save"
 SYNCED = "cp -r; sync"
 FIRST, AGAIN = "portllm port (first)", "portllm port (again)"
@@ -110,9 +110,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--gigabytes", type=float, nargs="+", default=[0.5, 1.0, 2.0, 4.0], help="checkpoint sizes, from 0.4 on"
-    )
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=SIZES, help="checkpoint sizes, from 0.4 on")
     parser.add_argument("--runs", type=int, default=3, help="runs per contestant; the median is printed")
     parser.add_argument("--shard-gigabytes", type=float, default=0.5, help="largest shard")
     parser.add_argument("--targets", choices=TARGETS, nargs="+", default=list(TARGETS), help="what is patched")
@@ -143,7 +141,7 @@ def _table(result: Result) -> str:
     bare, copy, synced = (result.costs[name] for name in ("import torch", "cp -r", SYNCED))
     peft = result.costs.get(PEFT)
     lines = [
-        f"| run | seconds | × {SYNCED} | × cp -r | without import torch, × cp -r | PEFT takes | CPU seconds | peak MiB |",
+        f"| run | seconds | × {SYNCED} | × cp -r | without torch, × cp -r | PEFT takes | CPU seconds | peak MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, cost in result.costs.items():
