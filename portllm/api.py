@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from portllm.checkpoint.records import PortRecord
+from portllm.checkpoint.record.records import PortRecord
 from portllm.lm.remote.hub import resolve
 from portllm.lm.remote.publishing import Destination, Pushed
 from portllm.params import EvaluateParams, PortParams
 from portllm.verbs import port as port_verb
 
 if TYPE_CHECKING:
-    from portllm.checkpoint.plan import Plan
+    from portllm.checkpoint.planning.changes import Plan
     from portllm.verbs.evaluate import Evaluation
     from portllm.verbs.verify import VerifyRecord
 
@@ -70,7 +70,7 @@ def port_or_keep(
     """`port` without the hub; where `keep`, an `out` that is this very port already, unchanged, is left as it is."""
     patch, onto, source = resolve(patch), resolve(onto), None if source is None else resolve(source)
     if keep and not force and not dry_run:
-        from portllm.checkpoint.counterparts import made_before
+        from portllm.checkpoint.verification.counterparts import made_before
 
         made = made_before(Path(out), patch=patch, onto=onto, source=source, params=params)
         if made is not None:
@@ -108,7 +108,7 @@ def verify(
     `sample` changed tensors, chosen by `seed`, are computed again from scratch; None: all. Raises PortllmError, which
     names the first file or tensor that differs.
     """
-    from portllm.checkpoint.proof import Sample
+    from portllm.checkpoint.verification.proof import Sample
     from portllm.verbs import verify as verify_verb
 
     return verify_verb.run(

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from portllm.checkpoint import fingerprint
-from portllm.checkpoint.proof import Sample
+from portllm.checkpoint.files import hashing as fingerprint
+from portllm.checkpoint.verification.proof import Sample
 from portllm.errors import VerificationError
 from portllm.params import PortParams
 from portllm.verbs import port, verify

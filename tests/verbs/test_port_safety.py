@@ -16,8 +16,8 @@ import torch
 from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
-from portllm.checkpoint.fingerprint import fingerprint
-from portllm.checkpoint.records import PatchRecord, PortRecord, Source
+from portllm.checkpoint.files.hashing import fingerprint
+from portllm.checkpoint.record.records import PatchRecord, PortRecord, Source
 from portllm.errors import OutputError, PatchError, PortllmError, ShapeError, UnmatchedModulesError
 from portllm.params import PortParams
 from portllm.verbs import port

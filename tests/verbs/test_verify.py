@@ -19,9 +19,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import portllm
-from portllm.checkpoint import fingerprint
-from portllm.checkpoint.proof import Sample
-from portllm.checkpoint.records import PortRecord
+from portllm.checkpoint.files import hashing as fingerprint
+from portllm.checkpoint.record.records import PortRecord
+from portllm.checkpoint.verification.proof import Sample
 from portllm.cli import main
 from portllm.errors import CheckpointError, ParamsError, PortllmError, UnsafeFileError, VerificationError
 from portllm.params import PortParams

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.fingerprint import file_digest
-from portllm.checkpoint.provenance import is_hub_name
+from portllm.checkpoint.files.hashing import file_digest
+from portllm.checkpoint.record.provenance import is_hub_name
 from portllm.errors import HubError, ParamsError
 from portllm.lm.remote.refusals import api, chain, line, of_the_network, scrubbed
 
