@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from portllm import keywords
 from portllm import params as sections
-from portllm.checkpoint.records import DatasetRecord, PatchRecord, PortRecord, ReleaseRecord
+from portllm.checkpoint.record.records import DatasetRecord, PatchRecord, PortRecord, ReleaseRecord
 from portllm.errors import ParamsError
 from portllm.keywords import section_of, with_options, words
 from portllm.lm.remote.hub import resolve
@@ -30,7 +30,7 @@ from portllm.parsing import with_values
 from portllm.verbs import port as port_verb
 
 if TYPE_CHECKING:
-    from portllm.checkpoint.plan import Plan
+    from portllm.checkpoint.planning.changes import Plan
     from portllm.lm.data.stock import Listed
     from portllm.tracking import Registered
     from portllm.verbs.doctor import Diagnosis
@@ -108,7 +108,7 @@ def evolve(
 
     Raises PortllmError.
     """
-    from portllm.checkpoint.output import refuse
+    from portllm.checkpoint.files.output import refuse
     from portllm.verbs import evolve as verb
 
     _, section = section_of(params, "evolve", sections.EvolveParams, options)
@@ -197,7 +197,7 @@ def port_or_keep(
     """Port without the hub; where `keep`, an `out` that is the unchanged result of this very port stays as it is."""
     patch, onto, source = resolve(patch), resolve(onto), None if source is None else resolve(source)
     if keep and not force and not dry_run:
-        from portllm.checkpoint.counterparts import made_before
+        from portllm.checkpoint.verification.counterparts import made_before
 
         record = made_before(Path(out), patch=patch, onto=onto, source=source, params=params)
         if record is not None:
@@ -217,9 +217,7 @@ def port_or_keep(
 
 def push(hub: Destination, out: Path, record: PortRecord) -> Pushed:
     """Upload every file that port.json names, and port.json. Raises HubError; `out` stays as it is."""
-    from portllm.checkpoint.fingerprint import file_digest
-
-    return hub.push(out, {**record.files, PortRecord.FILE: file_digest(out / PortRecord.FILE)})
+    return hub.push(out, [*record.files, PortRecord.FILE])
 
 
 def verify(
@@ -238,7 +236,7 @@ def verify(
     `sample` changed tensors (8 by default), chosen by `seed`, are computed again from scratch, or `all`. Raises
     PortllmError, which names the first file or tensor that differs.
     """
-    from portllm.checkpoint.proof import Sample
+    from portllm.checkpoint.verification.proof import Sample
     from portllm.verbs import verify as verify_verb
 
     if all and sample is not None:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.provenance import digests, public_name
-from portllm.checkpoint.records import DatasetRecord, PatchRecord, PortRecord, ReleaseRecord, Source
+from portllm.checkpoint.record.provenance import digests, public_name
+from portllm.checkpoint.record.records import DatasetRecord, PatchRecord, PortRecord, ReleaseRecord, Source
 from portllm.tracking import Artifact, Dataset, VersionRequest
 
 if TYPE_CHECKING:

@@ -232,7 +232,7 @@ def test_notes_go_to_the_logger(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.slow
 def test_register_hands_accepted_models_to_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """issue 8, item 12: as the command does."""
-    from portllm.checkpoint.records import PortRecord, Source
+    from portllm.checkpoint.record.records import PortRecord, Source
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

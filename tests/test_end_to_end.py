@@ -12,7 +12,7 @@ import pytest
 
 import portllm
 from portllm import params
-from portllm.checkpoint.records import PatchRecord, PortRecord, ReleaseRecord
+from portllm.checkpoint.record.records import PatchRecord, PortRecord, ReleaseRecord
 from portllm.errors import DataError, EvaluationError, OutputError
 from portllm.verbs import evaluate, evolve, fetch, port, prepare, train
 

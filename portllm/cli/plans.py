@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from portllm.checkpoint.plan import Plan
-    from portllm.checkpoint.records import PortRecord
+    from portllm.checkpoint.planning.changes import Plan
+    from portllm.checkpoint.record.records import PortRecord
 
 LISTED = 6  # more tensors of the patch than these behind one line are counted, not named
 

@@ -13,8 +13,8 @@ from portllm.cli.options import FORCE, OUT, apply, common, of_section
 from portllm.cli.running import Common, answer, measured, place, stage
 
 if TYPE_CHECKING:
-    from portllm.checkpoint.plan import Plan
-    from portllm.checkpoint.records import PortRecord
+    from portllm.checkpoint.planning.changes import Plan
+    from portllm.checkpoint.record.records import PortRecord
 
 
 @click.command(short_help="Put a patch onto another release, without training.")

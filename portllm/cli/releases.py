@@ -99,8 +99,8 @@ def evolve(
       portllm evolve --base models/releases/v0 --corpus data/corpora/v1 --out v1-lora --mode lora --lora-r 64
       portllm evolve --base models/releases/v0 --release v1 --params params.yaml --out models/releases/v1
     """
-    from portllm.checkpoint.changes import summary
-    from portllm.checkpoint.output import refuse
+    from portllm.checkpoint.base.comparison import summary
+    from portllm.checkpoint.files.output import refuse
     from portllm.lineage import of_release
     from portllm.verbs import evolve as verb
 

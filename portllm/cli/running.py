@@ -102,7 +102,7 @@ def join_the_others() -> None:
 
 def _finish_leaving() -> None:
     """On the way out of one of several processes: the launcher's signal, if it comes now, changes nothing."""
-    from portllm.checkpoint.output import abandon
+    from portllm.checkpoint.files.output import abandon
 
     if processes.count() > 1:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -111,7 +111,7 @@ def _finish_leaving() -> None:
 
 def _leave(signals: int) -> None:
     """End this process some time after a signal: Python hears of none while it waits for another process in C++."""
-    from portllm.checkpoint.output import abandon
+    from portllm.checkpoint.files.output import abandon
 
     os.read(signals, 1)
     time.sleep(LEAVING_SECONDS)
@@ -262,8 +262,8 @@ def measured() -> dict[str, float]:
 
 
 def _write_cost(path: Path, cost: Mapping[str, Any]) -> None:
-    from portllm.checkpoint.output import staged_file
-    from portllm.checkpoint.records import dumps
+    from portllm.checkpoint.files.output import staged_file
+    from portllm.checkpoint.record.records import dumps
 
     with staged_file(path) as file:
         file.write_text(dumps({**cost, **measured()}), encoding="utf-8")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from portllm.checkpoint.records import ReleaseRecord
+from portllm.checkpoint.record.records import ReleaseRecord
 from portllm.errors import DataError
 from portllm.params import Params
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from portllm.checkpoint.patch import Patch
-from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.adapter.patch import Patch
+from portllm.checkpoint.base.checkpoint import Checkpoint
 from portllm.errors import CheckpointError, DataError, PatchError, UnmatchedModulesError, UnsupportedPatchError
 from portllm.params import Params
 from portllm.reporting.evidence import missing

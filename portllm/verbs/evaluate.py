@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from portllm import processes
-from portllm.checkpoint.contents import expect_names_of_a_file
-from portllm.checkpoint.fingerprint import fingerprint
-from portllm.checkpoint.headers import read_header
-from portllm.checkpoint.output import refuse_file, staged_file
-from portllm.checkpoint.patch import WEIGHTS
-from portllm.checkpoint.provenance import digests, public_name
-from portllm.checkpoint.records import SCHEMA_VERSION, PatchRecord, PortRecord, dumps
+from portllm.checkpoint.adapter.classification import expect_names_of_a_file
+from portllm.checkpoint.adapter.patch import WEIGHTS
+from portllm.checkpoint.files.hashing import fingerprint
+from portllm.checkpoint.files.headers import read_header
+from portllm.checkpoint.files.output import refuse_file, staged_file
+from portllm.checkpoint.record.provenance import digests, public_name
+from portllm.checkpoint.record.records import SCHEMA_VERSION, PatchRecord, PortRecord, dumps
 from portllm.errors import PatchError
 from portllm.lm.scoring import evaluation, identity, ledger, sharing
 from portllm.lm.scoring.questions import Questions

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from portllm.checkpoint.changes import changes
-from portllm.checkpoint.fingerprint import fingerprint
-from portllm.checkpoint.output import kept, refuse, staged
-from portllm.checkpoint.provenance import digests, git_commit, public_name, revision, versions
-from portllm.checkpoint.records import ReleaseRecord, Source
+from portllm.checkpoint.base.comparison import changes
+from portllm.checkpoint.files.hashing import fingerprint
+from portllm.checkpoint.files.output import kept, refuse, staged
+from portllm.checkpoint.record.provenance import digests, git_commit, public_name, revision, versions
+from portllm.checkpoint.record.records import ReleaseRecord, Source
 from portllm.errors import DataError
 from portllm.lm.learning import pretraining
 from portllm.lm.remote import hub, releases

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from portllm.checkpoint.fingerprint import fingerprint
-from portllm.checkpoint.output import kept, refuse, staged
-from portllm.checkpoint.provenance import digests, git_commit, versions
-from portllm.checkpoint.records import ReleaseRecord
+from portllm.checkpoint.files.hashing import fingerprint
+from portllm.checkpoint.files.output import kept, refuse, staged
+from portllm.checkpoint.record.provenance import digests, git_commit, versions
+from portllm.checkpoint.record.records import ReleaseRecord
 from portllm.errors import DataError
 from portllm.lm.learning import pretraining
 from portllm.lm.remote import hub, releases

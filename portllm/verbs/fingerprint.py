@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from portllm.checkpoint import fingerprint
+from portllm.checkpoint.files import hashing as fingerprint
 from portllm.errors import CheckpointError
 
 

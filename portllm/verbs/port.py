@@ -12,19 +12,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from portllm.checkpoint import fingerprint, provenance
-from portllm.checkpoint.card import Facts, port_card
-from portllm.checkpoint.derived import Old, converted
-from portllm.checkpoint.files import tokenizer_files
-from portllm.checkpoint.merging import under, write_merged
-from portllm.checkpoint.output import check_room, refuse, staged
-from portllm.checkpoint.patch import CONFIG, WEIGHTS, Patch
-from portllm.checkpoint.plan import Plan, check_saved
-from portllm.checkpoint.planning import make_plan
-from portllm.checkpoint.reader import Checkpoint, check_finite
-from portllm.checkpoint.records import PortRecord, Source
-from portllm.checkpoint.tying import check_sides
-from portllm.checkpoint.writer import Job, Meter, copy_file, write_files, write_subset
+from portllm.checkpoint.adapter.patch import CONFIG, WEIGHTS, Patch
+from portllm.checkpoint.base.checkpoint import Checkpoint, check_finite
+from portllm.checkpoint.files import hashing as fingerprint
+from portllm.checkpoint.files.names import tokenizer_files
+from portllm.checkpoint.files.output import check_room, refuse, staged
+from portllm.checkpoint.planning.changes import Plan, check_saved
+from portllm.checkpoint.planning.initialisation import Old, converted
+from portllm.checkpoint.planning.planner import make_plan
+from portllm.checkpoint.planning.tying import check_sides
+from portllm.checkpoint.record import provenance
+from portllm.checkpoint.record.card import Facts, port_card
+from portllm.checkpoint.record.records import PortRecord, Source
+from portllm.checkpoint.writing.ported import under, write_merged
+from portllm.checkpoint.writing.writer import Job, Meter, copy_file, write_files, write_subset
 from portllm.errors import ParamsError, PatchError, UnsupportedPatchError
 from portllm.lm.names.naming import layout_of, old_base
 from portllm.params import PortParams
@@ -103,7 +104,7 @@ def run(
             record = _write_adapter(folder, lora, base, old, record, on_progress)
         card = port_card(record, Facts.of(folder, onto, patch))
         (folder / "README.md").write_text(card, encoding="utf-8")
-        files = {**record.files, "README.md": fingerprint.file_digest(folder / "README.md")}
+        files = {**record.files, "README.md": fingerprint.file_digest(folder / "README.md", "blake3")}
         record = dataclasses.replace(record, files=dict(sorted(files.items())))
         record.write(folder)
     return record
@@ -148,9 +149,9 @@ def _write_adapter(
         files[WEIGHTS] = write_subset(patch.header, names, folder / WEIGHTS, meter)
     else:
         file, config = converted(patch, old, config, folder / WEIGHTS)
-        files[WEIGHTS] = write_files([file], Job({}, meter))[file.path].sha256
+        files[WEIGHTS] = write_files([file], Job({}, meter))[file.path].digest
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    files[CONFIG] = fingerprint.file_digest(folder / CONFIG)
+    files[CONFIG] = fingerprint.file_digest(folder / CONFIG, "blake3")
     return dataclasses.replace(
         record,
         base=dataclasses.replace(record.base, fingerprint=fingerprint.fingerprint(base.path)),

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from portllm.checkpoint.fingerprint import file_digest
-from portllm.checkpoint.output import refuse, staged
-from portllm.checkpoint.records import DatasetRecord
+from portllm.checkpoint.files.hashing import file_digest
+from portllm.checkpoint.files.output import refuse, staged
+from portllm.checkpoint.record.records import DatasetRecord
 from portllm.errors import DataError
 from portllm.lm.data import corpora as real
 from portllm.lm.data import preparing, sources, tables

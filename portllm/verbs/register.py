@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from portllm.checkpoint.output import staged_file
-from portllm.checkpoint.provenance import public_name
-from portllm.checkpoint.records import SCHEMA_VERSION, PortRecord, dumps
+from portllm.checkpoint.files.output import staged_file
+from portllm.checkpoint.record.provenance import public_name
+from portllm.checkpoint.record.records import SCHEMA_VERSION, PortRecord, dumps
 from portllm.errors import CheckpointError, EvaluationError, ParamsError
 from portllm.lm.scoring.scored import main_metric
 from portllm.params import RegisterParams

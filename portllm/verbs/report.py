@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from portllm.checkpoint.output import staged, staged_file
-from portllm.checkpoint.records import dumps
+from portllm.checkpoint.files.output import staged, staged_file
+from portllm.checkpoint.record.records import dumps
 from portllm.params import Params
 from portllm.reporting import canvas, evidence, exports, pages, pictures, sections
 from portllm.reporting.findings import Findings, find

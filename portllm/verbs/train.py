@@ -6,11 +6,11 @@ import csv
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from portllm.checkpoint.card import patch_card
-from portllm.checkpoint.fingerprint import fingerprint
-from portllm.checkpoint.output import kept, staged
-from portllm.checkpoint.provenance import git_commit, public_name, revision, versions
-from portllm.checkpoint.records import PatchRecord, Source
+from portllm.checkpoint.files.hashing import fingerprint
+from portllm.checkpoint.files.output import kept, staged
+from portllm.checkpoint.record.card import patch_card
+from portllm.checkpoint.record.provenance import git_commit, public_name, revision, versions
+from portllm.checkpoint.record.records import PatchRecord, Source
 from portllm.lm.data import tasks
 from portllm.lm.learning import loading, patching, training
 from portllm.lm.learning.snapshots import training_key

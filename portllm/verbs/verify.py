@@ -12,17 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from portllm.checkpoint import fingerprint, provenance
-from portllm.checkpoint.counterparts import adapter_file, check_adapter_files, check_config, check_merged_files
-from portllm.checkpoint.derived import Old
-from portllm.checkpoint.manifest import Manifest
-from portllm.checkpoint.patch import CONFIG, Patch
-from portllm.checkpoint.plan import Plan
-from portllm.checkpoint.planning import make_plan
-from portllm.checkpoint.proof import Making, Proof, Sample, fitting
-from portllm.checkpoint.reader import Checkpoint
-from portllm.checkpoint.records import PortRecord, Source
-from portllm.checkpoint.writer import Meter
+from portllm.checkpoint.adapter.patch import CONFIG, Patch
+from portllm.checkpoint.base.checkpoint import Checkpoint
+from portllm.checkpoint.files import hashing as fingerprint
+from portllm.checkpoint.planning.changes import Plan
+from portllm.checkpoint.planning.initialisation import Old
+from portllm.checkpoint.planning.planner import make_plan
+from portllm.checkpoint.record import provenance
+from portllm.checkpoint.record.records import PortRecord, Source
+from portllm.checkpoint.verification.counterparts import (
+    adapter_file,
+    check_adapter_files,
+    check_config,
+    check_merged_files,
+)
+from portllm.checkpoint.verification.manifest import Manifest
+from portllm.checkpoint.verification.proof import Making, Proof, Sample, fitting
+from portllm.checkpoint.writing.writer import Meter
 from portllm.errors import ParamsError, VerificationError
 from portllm.lm.names.naming import layout_of, old_base
 
@@ -59,7 +65,7 @@ class VerifyRecord:
         mark = (self.record.fingerprint or "")[:12]
         lines = [
             f"{self.folder}: {len(self.record.files)} files, {self.nbytes / 1e6:.1f} MB, are as port.json says "
-            f"(SHA-256 of each; fingerprint {mark}), and no other weights are there"
+            f"({self.record.algorithm_name} of each; fingerprint {mark}), and no other weights are there"
         ]
         if self.proof is None:
             return [*lines, "not compared with base and patch: pass --onto and --patch to prove the tensors too"]

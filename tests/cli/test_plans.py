@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from portllm.checkpoint.records import PortRecord
+from portllm.checkpoint.record.records import PortRecord
 from portllm.cli import main
 from portllm.cli.plans import folded
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from portllm.checkpoint import fingerprint
+from portllm.checkpoint.files import hashing as fingerprint
 from portllm.cli import main
 from portllm.errors import PortllmError
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from portllm.checkpoint import fingerprint
+from portllm.checkpoint.files import hashing as fingerprint
 from portllm.params import PortParams
 from portllm.verbs import port
 

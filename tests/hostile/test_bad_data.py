@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from portllm.checkpoint.records import DatasetRecord
+from portllm.checkpoint.record.records import DatasetRecord
 from portllm.cli import main
 
 GOOD = [

@@ -17,7 +17,7 @@ import torch
 from torch.testing import assert_close
 
 import portllm
-from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.base.checkpoint import Checkpoint
 from portllm.lm.learning import loading, patching
 from portllm.lm.learning.words import byte_pairs
 from portllm.params import EvolveParams, FetchParams, LoraParams, OptimParams, TrainParams

@@ -12,11 +12,11 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file
 
 from tests.matrix.architectures import ARCHITECTURES, VOCABULARY, Architecture
@@ -236,7 +236,7 @@ def assert_files(new: Path, out: Path) -> None:
         tree = json.loads(index.read_text())
         assert tree["weight_map"] == {key: name for name, shard in after.items() for key in shard}
     present = {path.name for path in out.iterdir()} - {"port.json"}
-    assert record["files"] == {name: sha256((out / name).read_bytes()).hexdigest() for name in present}
+    assert record["files"] == {name: blake3((out / name).read_bytes()).hexdigest() for name in present}
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

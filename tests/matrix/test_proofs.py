@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from portllm.checkpoint import fingerprint
-from portllm.checkpoint.proof import Sample
+from portllm.checkpoint.files import hashing as fingerprint
+from portllm.checkpoint.verification.proof import Sample
 from portllm.errors import VerificationError
 from portllm.params import PortParams
 from portllm.verbs import port, verify
@@ -31,7 +31,7 @@ ALL = Sample(everything=True)
 def forge(folder: Path) -> None:
     """Make port.json agree with the directory as it is now."""
     tree = json.loads((folder / "port.json").read_text())
-    tree["files"] = {name: fingerprint.file_digest(folder / name) for name in tree["files"]}
+    tree["files"] = {name: fingerprint.file_digest(folder / name, "blake3") for name in tree["files"]}
     tree["fingerprint"] = fingerprint.fingerprint(folder)
     (folder / "port.json").write_text(json.dumps(tree))
 

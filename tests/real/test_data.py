@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from portllm.checkpoint.records import DatasetRecord, PatchRecord
+from portllm.checkpoint.record.records import DatasetRecord, PatchRecord
 from portllm.cli import main
 from portllm.lm.data import asking, columns, encoding, tasks
 from portllm.params import CorpusParams, PrepareParams

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.base.checkpoint import Checkpoint
 from portllm.cli import main
 
 DATASETS = Path(os.environ.get("PORTLLM_DATASETS", Path(__file__).parents[3] / "shared" / "datasets"))

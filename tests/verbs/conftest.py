@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from portllm.checkpoint.records import ReleaseRecord
+from portllm.checkpoint.record.records import ReleaseRecord
 from portllm.params import EvolveParams, Params, ReleaseParams, ReportParams
 from portllm.verbs import report
 

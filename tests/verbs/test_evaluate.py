@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from portllm.checkpoint.records import PortRecord, Source
+from portllm.checkpoint.record.records import PortRecord, Source
 from portllm.errors import OutputError, PatchError
 from portllm.lm.learning import llama
 from portllm.lm.scoring import evaluation

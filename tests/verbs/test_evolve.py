@@ -12,8 +12,8 @@ import torch
 from click.testing import CliRunner
 
 import portllm
-from portllm.checkpoint.changes import changes, summary
-from portllm.checkpoint.records import ReleaseRecord
+from portllm.checkpoint.base.comparison import changes, summary
+from portllm.checkpoint.record.records import ReleaseRecord
 from portllm.cli import main
 from portllm.errors import DataError, ParamsError
 from portllm.lm.learning.words import byte_pairs

@@ -12,9 +12,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from portllm.checkpoint import copying, output
-from portllm.checkpoint.fingerprint import fingerprint
-from portllm.checkpoint.records import ReleaseRecord
+from portllm.checkpoint.files import copying, output
+from portllm.checkpoint.files.hashing import fingerprint
+from portllm.checkpoint.record.records import ReleaseRecord
 from portllm.cli import main
 from portllm.errors import CheckpointError, OutputError
 from portllm.lm.remote.releases import Watch

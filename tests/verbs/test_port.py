@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from portllm.algebra import lora
-from portllm.checkpoint.fingerprint import fingerprint
-from portllm.checkpoint.records import PortRecord
+from portllm.checkpoint.files.hashing import fingerprint
+from portllm.checkpoint.record.records import PortRecord
 from portllm.errors import PatchError
 from portllm.params import PortParams
 from portllm.verbs import port

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -14,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
-from portllm.checkpoint.fingerprint import fingerprint
-from portllm.checkpoint.records import PatchRecord, PortRecord, Source
+from portllm.checkpoint.files.hashing import fingerprint
+from portllm.checkpoint.record.records import PatchRecord, PortRecord, Source
 from portllm.errors import OutputError, PatchError, PortllmError, ShapeError, UnmatchedModulesError
 from portllm.params import PortParams
 from portllm.verbs import port
@@ -26,7 +26,7 @@ from portllm.verbs import port
 def files(folder: Path) -> dict[str, str]:
     """Every file below `folder` with its digest; a link counts as what it points to."""
     return {
-        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        p.relative_to(folder).as_posix(): blake3(p.read_bytes()).hexdigest()
         for p in sorted(folder.rglob("*")) if p.is_file()
     }  # fmt: skip
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from portllm.checkpoint.records import DatasetRecord
+from portllm.checkpoint.record.records import DatasetRecord
 from portllm.errors import DataError, OutputError, ParamsError
 from portllm.lm.data import own, tasks
 from portllm.params import CorpusParams, PrepareParams

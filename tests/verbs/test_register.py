@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from portllm.checkpoint.records import PortRecord, Source
+from portllm.checkpoint.record.records import PortRecord, Source
 from portllm.errors import CheckpointError, EvaluationError, ParamsError
 from portllm.lineage import version_requests
 from portllm.params import RegisterParams

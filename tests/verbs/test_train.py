@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from portllm.checkpoint.output import kept
-from portllm.checkpoint.records import PatchRecord
+from portllm.checkpoint.files.output import kept
+from portllm.checkpoint.record.records import PatchRecord
 from portllm.errors import CheckpointError, EvaluationError, MachineError, ParamsError
 from portllm.lm.learning import llama, loading, pretraining
 from portllm.lm.scoring import evaluation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -13,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import portllm
-from portllm.checkpoint import fingerprint
-from portllm.checkpoint.proof import Sample
-from portllm.checkpoint.records import PortRecord
+from portllm.checkpoint.files import hashing as fingerprint
+from portllm.checkpoint.record.records import PortRecord
+from portllm.checkpoint.verification.proof import Sample
 from portllm.cli import main
 from portllm.errors import CheckpointError, ParamsError, PortllmError, UnsafeFileError, VerificationError
 from portllm.params import PortParams
@@ -69,9 +71,37 @@ def flip(path: Path, at: int) -> None:
 def forge(folder: Path, **changes: Any) -> None:
     """Make port.json agree with the directory as it is now, as a careful forger would."""
     tree = json.loads((folder / "port.json").read_text())
-    tree["files"] = {name: fingerprint.file_digest(folder / name) for name in tree["files"]}
+    tree["files"] = {name: fingerprint.file_digest(folder / name, "blake3") for name in tree["files"]}
     tree["fingerprint"] = fingerprint.fingerprint(folder)
     (folder / "port.json").write_text(json.dumps({**tree, **changes}))
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_verify_reads_port_json_with_sha256_digests(world: World, kind: str) -> None:
+    """A port.json of schema version 1 holds SHA-256 digests, one of version 2 BLAKE3 (issue 8, item 21)."""
+    folder = getattr(world, kind)
+    tree = json.loads((folder / "port.json").read_text())
+    assert tree["schema_version"] == 2
+    assert tree["files"] == {name: blake3((folder / name).read_bytes()).hexdigest() for name in tree["files"]}
+    old = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in tree["files"]}
+    configs = (world.base / "config.json", world.patch / "adapter_config.json")
+    old_configs = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in configs}
+    older = {**tree, "schema_version": 1, "files": old, "configs": old_configs}
+    (folder / "port.json").write_text(json.dumps(older))
+    assert world.proven(folder).lines()[0].endswith("and no other weights are there")
+    assert "SHA-256 of each" in world.proven(folder).lines()[0]
+    flip(folder / "tokenizer.json" if kind == "merged" else folder / "README.md", 0)
+    with pytest.raises(VerificationError, match="has SHA-256"):
+        verify.run(folder=folder)
+
+
+@pytest.mark.parametrize("version", [1, 3, "2"])
+def test_verify_refuses_digests_of_another_kind(world: World, version: object) -> None:
+    """Version 1 with BLAKE3 digests is a changed directory, an unknown version an error (issue 8, item 21)."""
+    tree = json.loads((world.merged / "port.json").read_text())
+    (world.merged / "port.json").write_text(json.dumps({**tree, "schema_version": version}))
+    with pytest.raises(PortllmError, match="has SHA-256" if version == 1 else "expected schema version 2"):
+        verify.run(folder=world.merged)
 
 
 def file_of(folder: Path, tensor: str) -> Path:
@@ -210,7 +240,7 @@ def test_other_configs_are_told_from_the_right_ones(world: World) -> None:
     for folder, name, key in ((world.patch, "adapter_config.json", "lora_alpha"), (world.base, "config.json", "x")):
         before = (folder / name).read_text()
         (folder / name).write_text(json.dumps({**json.loads(before), key: 7}))
-        with pytest.raises(VerificationError, match=f"{folder.name}/{name}: has SHA-256"):
+        with pytest.raises(VerificationError, match=f"{folder.name}/{name}: has BLAKE3"):
             world.proven(world.merged)
         (folder / name).write_text(before)
     world.proven(world.merged)

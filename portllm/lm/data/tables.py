@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.fingerprint import file_digest
+from portllm.checkpoint.files.hashing import file_digest
 from portllm.errors import DataError
 
 if TYPE_CHECKING:

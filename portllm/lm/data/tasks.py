@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from portllm.checkpoint import provenance
+from portllm.checkpoint.record import provenance
 from portllm.errors import DataError, EvaluationError
 from portllm.lm.data import asking, columns, own, prompts, sources, stock, tables
 from portllm.lm.data.encoding import Pair

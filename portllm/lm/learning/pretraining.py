@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portllm import processes
-from portllm.checkpoint.copying import copy_companions
-from portllm.checkpoint.fingerprint import fingerprint
-from portllm.checkpoint.merging import write_merged
-from portllm.checkpoint.patch import Patch
-from portllm.checkpoint.planning import make_plan
-from portllm.checkpoint.reader import ARRAY_DTYPES, TORCH_DTYPES, Checkpoint
+from portllm.checkpoint.adapter.patch import Patch
+from portllm.checkpoint.base.checkpoint import ARRAY_DTYPES, TORCH_DTYPES, Checkpoint
+from portllm.checkpoint.files.copying import copy_companions
+from portllm.checkpoint.files.hashing import fingerprint
+from portllm.checkpoint.planning.planner import make_plan
+from portllm.checkpoint.writing.ported import write_merged
 from portllm.lm.data.packing import pack, read_texts
 from portllm.lm.data.tables import read_rows
 from portllm.lm.learning import loading, probe, training

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portllm import processes
-from portllm.checkpoint.files import companions
-from portllm.checkpoint.fingerprint import file_digest, fingerprint, tensor_hash
-from portllm.checkpoint.output import sync_directory
-from portllm.checkpoint.provenance import versions
-from portllm.checkpoint.records import dumps
+from portllm.checkpoint.files.hashing import file_digest, fingerprint, tensor_hash
+from portllm.checkpoint.files.names import companions
+from portllm.checkpoint.files.output import sync_directory
+from portllm.checkpoint.record.provenance import versions
+from portllm.checkpoint.record.records import dumps
 
 if TYPE_CHECKING:
     from torch import Tensor

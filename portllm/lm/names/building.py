@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.base.checkpoint import Checkpoint
 from portllm.errors import CheckpointError
 from portllm.lm.quiet import quieten
 

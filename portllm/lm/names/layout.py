@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.layout import Kind, Layout, Module, Part, whole
-from portllm.checkpoint.reader import Checkpoint, equal_values
+from portllm.checkpoint.base.checkpoint import Checkpoint, equal_values
+from portllm.checkpoint.base.layout import Kind, Layout, Module, Part, whole
 from portllm.errors import CheckpointError
 from portllm.lm.names.building import meta_model
 from portllm.lm.names.tracing import Traced

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from portllm.checkpoint.derived import Old
-from portllm.checkpoint.layout import PLAIN, Layout, plain
-from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.base.checkpoint import Checkpoint
+from portllm.checkpoint.base.layout import PLAIN, Layout, plain
+from portllm.checkpoint.planning.initialisation import Old
 
 
 def layout_of(base: Checkpoint) -> Layout:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from portllm.checkpoint.layout import Part
+from portllm.checkpoint.base.layout import Part
 
 Span = tuple[int, int]
 

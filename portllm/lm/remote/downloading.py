@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
-from portllm.checkpoint.fingerprint import file_digest
-from portllm.checkpoint.output import staged_file
-from portllm.checkpoint.writer import Cancelled, Meter
+from portllm.checkpoint.files.hashing import file_digest
+from portllm.checkpoint.files.output import staged_file
+from portllm.checkpoint.writing.writer import Cancelled, Meter
 from portllm.errors import CheckpointError, OutputError
 
 AT_ONCE = 4

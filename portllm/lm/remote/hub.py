@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.reader import INDEX, SINGLE, shard_names
+from portllm.checkpoint.base.checkpoint import INDEX, SINGLE, shard_names
 from portllm.errors import CheckpointError, PortllmError, UnsafeFileError
 from portllm.lm.remote.refusals import api, chain, line, of_the_network, scrubbed
 from portllm.suggestions import did_you_mean_path

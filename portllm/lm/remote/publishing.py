@@ -10,12 +10,13 @@ import glob
 import hashlib
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.provenance import is_hub_name
+from portllm.checkpoint.files.hashing import file_digest
+from portllm.checkpoint.record.provenance import is_hub_name
 from portllm.errors import HubError, ParamsError
 from portllm.lm.remote.refusals import api, chain, line, of_the_network, scrubbed
 
@@ -64,8 +65,8 @@ class Destination:
                 "make one at https://huggingface.co/settings/tokens"
             )
 
-    def push(self, folder: Path, files: Mapping[str, str]) -> Pushed:
-        """Upload `files` (name → SHA-256) of `folder`, and check that the hub has them all.
+    def push(self, folder: Path, files: Collection[str]) -> Pushed:
+        """Upload `files` (names) of `folder`, and verify by their SHA-256 that the hub has them all.
 
         The repository and the branch are made if they are not there. Raises HubError; the folder stays as it is.
         """
@@ -93,7 +94,7 @@ class Destination:
                 "choose another, or leave out --private"
             )
 
-    def _check_strangers(self, api: HfApi, repo: str, branch: str, files: Mapping[str, str]) -> None:
+    def _check_strangers(self, api: HfApi, repo: str, branch: str, files: Collection[str]) -> None:
         """Weights of something else beside the pushed ones could be loaded in their place."""
         there = api.list_repo_files(repo, revision=branch)
         if strangers := sorted(name for name in there if name.endswith(WEIGHTS) and name not in files):
@@ -114,7 +115,7 @@ class Destination:
             raise HubError(f"{self.repo}: {scrubbed(_reason(error))}; {hint}") from error
 
 
-def _check_arrived(api: HfApi, repo: str, branch: str, folder: Path, files: Mapping[str, str]) -> None:
+def _check_arrived(api: HfApi, repo: str, branch: str, folder: Path, files: Collection[str]) -> None:
     """Raise HubError where the hub has not each file's content: by SHA-256 for large files, by git's hash for small."""
     names, arrived = sorted(files), {}
     for at in range(0, len(names), CHECKED_AT_ONCE):
@@ -123,7 +124,8 @@ def _check_arrived(api: HfApi, repo: str, branch: str, folder: Path, files: Mapp
     for name in names:
         info: Any = arrived.get(name)
         lfs = getattr(info, "lfs", None)
-        same = info is not None and (lfs.sha256 == files[name] if lfs else info.blob_id == _git_hash(folder / name))
+        path = folder / name
+        same = info is not None and (lfs.sha256 == file_digest(path) if lfs else info.blob_id == _git_hash(path))
         if not same:
             found = "none" if info is None else f"another of {info.size} bytes"
             raise HubError(f"{repo}: {name} did not arrive as it is here, the hub has {found}")

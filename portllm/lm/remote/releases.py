@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from portllm.checkpoint.copying import copy_checkpoint
-from portllm.checkpoint.fingerprint import fingerprint
-from portllm.checkpoint.provenance import public_name, revision
-from portllm.checkpoint.records import Source
+from portllm.checkpoint.files.copying import copy_checkpoint
+from portllm.checkpoint.files.hashing import fingerprint
+from portllm.checkpoint.record.provenance import public_name, revision
+from portllm.checkpoint.record.records import Source
 from portllm.lm.remote.hub import resolve
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import portllm
-from portllm.checkpoint.fingerprint import file_digest, fingerprint, identity
+from portllm.checkpoint.files.hashing import file_digest, fingerprint, identity
 from portllm.lm.data import stock
 
 PACKAGES = ("accelerate", "datasets", "lm_eval", "numpy", "peft", "tokenizers", "torch", "transformers")

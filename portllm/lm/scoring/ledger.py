@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from portllm.checkpoint.output import staged_file
+from portllm.checkpoint.files.output import staged_file
 from portllm.errors import OutputError
 from portllm.lm.scoring.scored import Sample, Scored
 

@@ -371,7 +371,7 @@ def test_a_template_runs_no_code(tmp_path: Path, field: str) -> None:
         ("metric_list: [{metric: acc, aggregation: mean, hf_evaluate: true}]", "none of the harness's own"),
         ("use_prompt: 'a.yaml:b'", "has the field 'use_prompt'"),
         ("include: other.yaml", "has the field 'include'"),
-        ("process_results: !function portllm.checkpoint.output.abandon", "is not portllm's own"),
+        ("process_results: !function portllm.checkpoint.files.output.abandon", "is not portllm's own"),
         ("process_results: !function portllm.lm.data.own.Path", "is no function for task files"),
     ],
 )

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.base.checkpoint import Checkpoint
 from portllm.errors import DataError, ParamsError
 from portllm.lm.learning import llama, pretraining
 from portllm.lm.learning.words import byte_pairs

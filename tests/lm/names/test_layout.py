@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from portllm.checkpoint.layout import Layout
-from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.base.checkpoint import Checkpoint
+from portllm.checkpoint.base.layout import Layout
 from portllm.errors import CheckpointError
 from portllm.lm.names.layout import built
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from portllm.checkpoint.layout import PLAIN, Layout, plain
-from portllm.checkpoint.reader import Checkpoint
+from portllm.checkpoint.base.checkpoint import Checkpoint
+from portllm.checkpoint.base.layout import PLAIN, Layout, plain
 from portllm.lm.names.layout import built
 from portllm.lm.names.naming import layout_of
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 import portllm
 from portllm import api
-from portllm.checkpoint.records import PortRecord
+from portllm.checkpoint.record.records import PortRecord
 from portllm.cli import main
 from portllm.errors import HubError, OutputError, ParamsError, VerificationError
 from portllm.verbs import port as port_verb

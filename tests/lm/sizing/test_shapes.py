@@ -60,7 +60,7 @@ def test_published_shapes_have_the_published_counts() -> None:
 def test_a_checkpoints_bytes_are_exact(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from portllm.checkpoint.headers import read_header
+    from portllm.checkpoint.files.headers import read_header
 
     LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
     model = models.describe(str(tmp_path), FetchParams())

@@ -1,0 +1,92 @@
+"""The files of a checkpoint that are not its weights: which a ported directory takes along, and from where."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from portllm.checkpoint.files.headers import reading
+from portllm.errors import CheckpointError
+
+# weights in any format: a copy of the base's would stand unmerged beside the ported ones
+WEIGHT_SUFFIXES = frozenset({
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
+    ".onnx_data", ".npz", ".pkl",
+})  # fmt: skip
+RECORDS = frozenset({"README.md", "port.json", "patch.json", "release.json"})
+VOCABULARY = frozenset({
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json",
+})  # fmt: skip
+TEMPLATES = frozenset({"chat_template.jinja", "chat_template.json"})
+TEMPLATE_FOLDER = "additional_chat_templates"
+TOKENIZER = VOCABULARY | TEMPLATES | {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+
+
+def companions(base: Path, patch: Path) -> dict[str, Path]:
+    """Relative name → file to copy into a ported checkpoint: the base's, with the tokenizer of the patch if it has one.
+
+    A patch that carries a vocabulary brings its whole tokenizer, so that two tokenizers are never mixed; one that
+    carries a chat template alone brings just that. Raises CheckpointError where one is a link to nothing or no file.
+    """
+    files = dict(_others(base))
+    own = tokenizer_files(patch)
+    if VOCABULARY & own.keys():
+        files = {name: path for name, path in files.items() if not _of_tokenizer(name)}
+        files.update(own)
+    elif templates := {name: path for name, path in own.items() if _of_template(name)}:
+        files = {name: path for name, path in files.items() if not _of_template(name)}
+        files.update(templates)
+    return {name: _file(path) for name, path in sorted(files.items())}
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """Relative name → path of the tokenizer files and chat templates in `folder`. Raises CheckpointError."""
+    return {name: _file(path) for name, path in _others(folder) if _of_tokenizer(name)}
+
+
+def _others(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Everything in `folder` that is no weight, no record and not hidden. Raises CheckpointError."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    with reading(folder):
+        for where, folders, names in os.walk(folder, onerror=refuse):
+            folders[:] = sorted(f for f in folders if not f.startswith(".") and not (Path(where) / f).is_symlink())
+            for name in sorted(names):
+                path = Path(where) / name
+                relative = path.relative_to(folder).as_posix()
+                if not name.startswith(".") and not _is_weight(name) and relative not in RECORDS:
+                    _refuse_half_characters(relative, folder)
+                    yield relative, path
+
+
+def _refuse_half_characters(name: str, folder: Path) -> None:
+    """A name that is no UTF-8 could be copied, and not be named in a record."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        shown = name.encode("utf-8", "backslashreplace").decode()
+        raise CheckpointError(f"{folder}: the name of its file {shown} is not UTF-8; rename or remove it") from error
+
+
+def _file(path: Path) -> Path:
+    # what cannot be taken along is said, never left out in silence: a model without its tokenizer is a wrong model
+    if not path.is_file():
+        found = "a link to nothing" if path.is_symlink() and not path.exists() else "no file"
+        raise CheckpointError(f"{path}: expected a file to copy, found {found}; fetch it again or remove it")
+    return path
+
+
+def _is_weight(name: str) -> bool:
+    return Path(name).suffix in WEIGHT_SUFFIXES or name.endswith(".index.json")
+
+
+def _of_tokenizer(name: str) -> bool:
+    return name in TOKENIZER or _of_template(name)
+
+
+def _of_template(name: str) -> bool:
+    return name in TEMPLATES or name.startswith(f"{TEMPLATE_FOLDER}/")

@@ -1,0 +1,72 @@
+"""What a record says of how its directory came to be: package versions, the commit, names without machine paths."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess  # noqa: S404  (git is asked one fixed question)
+from collections.abc import Iterable
+from pathlib import Path
+
+from portllm.checkpoint.files.hashing import Algorithm, file_digest
+
+# hub caches keep a repository's files in …/models--OWNER--NAME/snapshots/REVISION
+SNAPSHOTS = "snapshots"
+# huggingface_hub's rules for a repository's name: 96 characters, no --, no .., not ending in .git
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+_HUB_NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
+_LONGEST = 96
+
+
+# the packages whose arithmetic a port's bytes come from
+COMPUTING = ("numpy", "torch")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed versions of portllm and `packages`, for a record."""
+    return {name: importlib.metadata.version(name) for name in ("portllm", *packages)}
+
+
+def git_commit(folder: Path | None = None) -> str | None:
+    """The commit checked out in `folder` (default: here), or None outside a repository."""
+    try:
+        command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return answer.stdout.strip() or None
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether the hub would take `name` as OWNER/NAME, or NAME alone."""
+    plain = len(name) <= _LONGEST and "--" not in name and ".." not in name and not name.endswith(".git")
+    return plain and _HUB_NAME.fullmatch(name) is not None
+
+
+def public_name(path: Path) -> str:
+    """How a record names `path`: hub id for a hub cache, as given when relative, else its last component.
+
+    What is not UTF-8 in it becomes U+FFFD: a record could not hold it.
+    """
+    path = Path(os.fsencode(path).decode("utf-8", "replace"))
+    if path.parent.name == SNAPSHOTS and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    if path.is_absolute():
+        return path.name
+    return path.as_posix()
+
+
+def revision(path: Path) -> str | None:
+    """The pinned revision, where `path` is a snapshot in a hub cache."""
+    return path.name if path.parent.name == SNAPSHOTS else None
+
+
+def configs(base: Path, patch: Path, algorithm: Algorithm = "blake3") -> dict[str, str]:
+    """Digests of what a port depends on beside tensors: the base's config.json and the patch's adapter_config.json."""
+    return {path.name: file_digest(path, algorithm) for path in (base / "config.json", patch / "adapter_config.json")}
+
+
+def digests(paths: Iterable[Path]) -> dict[str, str]:
+    """sha256 of each file, by its name under its folder: `world_boolq/train.parquet`."""
+    return {f"{path.parent.name}/{path.name}": file_digest(path) for path in paths}

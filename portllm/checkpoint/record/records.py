@@ -1,0 +1,197 @@
+"""The record files that make a directory complete: patch.json, port.json, release.json, dataset.json.
+
+A directory with its record is whole, one without it is not. Records hold no absolute path, no host
+name and no clock: the same inputs give byte-identical records.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from portllm.checkpoint.base.checkpoint import read_json_object
+from portllm.checkpoint.files.hashing import Algorithm
+from portllm.errors import CheckpointError
+
+SCHEMA_VERSION = 1  # of every record but port.json, whose second version has BLAKE3 where the first has SHA-256
+Kind = TypeVar("Kind", bound="Record")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a checkpoint or patch came from: its name, its revision if any, and what its tensors hash to."""
+
+    name: str
+    fingerprint: str | None
+    revision: str | None = None
+    quantisation: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A record file: written as sorted, indented JSON; read back strictly."""
+
+    FILE: ClassVar[str] = ""
+    VERSIONS: ClassVar[tuple[int, ...]] = (SCHEMA_VERSION,)
+    schema_version: int = SCHEMA_VERSION
+
+    def write(self, folder: Path) -> None:
+        """Write the record as the last file of `folder`."""
+        (folder / self.FILE).write_text(dumps(dataclasses.asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls: type[Kind], folder: Path) -> Kind:
+        """The record in `folder`. Raises CheckpointError when it is absent or not of this kind."""
+        path = folder / cls.FILE
+        if not os.path.lexists(path):
+            raise CheckpointError(f"{folder}: has no {cls.FILE}, so it is not complete; make it again")
+        return cls._from_tree(read_json_object(path), path)
+
+    @classmethod
+    def find(cls: type[Kind], folder: Path) -> Kind | None:
+        """The record in `folder`, None where there is none. Raises CheckpointError for what is no record."""
+        # a link to nothing, say, is not the same as none
+        return cls.read(folder) if os.path.lexists(folder / cls.FILE) else None
+
+    @classmethod
+    def _from_tree(cls: type[Kind], tree: Mapping[str, Any], path: Path) -> Kind:
+        hints = typing.get_type_hints(cls)
+        names = {f.name for f in dataclasses.fields(cls)}
+        if tree.get("schema_version") not in cls.VERSIONS or not set(tree) <= names:
+            raise CheckpointError(f"{path}: expected schema version {cls.VERSIONS[-1]} of {cls.FILE}; make it again")
+        sources = {k for k, hint in hints.items() if Source in (hint, *typing.get_args(hint))}
+        try:
+            values: dict[str, Any] = {k: _source(v) if k in sources else v for k, v in tree.items()}
+            record = cls(**values)
+        except TypeError as error:
+            raise CheckpointError(f"{path}: {error}; make the directory again") from error
+        if wrong := [k for k, v in values.items() if not _is(v, hints[k])]:
+            raise CheckpointError(f"{path}: {wrong[0]} is of the wrong type, {tree[wrong[0]]!r:.60}; make it again")
+        return record
+
+
+def _source(tree: Any) -> Source | None:
+    """A source as it stands in a record. Raises TypeError."""
+    if tree is None:
+        return None
+    if not isinstance(tree, dict):
+        raise TypeError(f"expected an object, found {tree!r:.60}")
+    source = Source(**tree)
+    hints = typing.get_type_hints(Source)
+    if wrong := [k for k, v in vars(source).items() if not _is(v, hints[k])]:
+        raise TypeError(f"{wrong[0]} is of the wrong type, {tree[wrong[0]]!r:.60}")
+    return source
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is of the type a field declares."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is types.UnionType:
+        return any(_is(value, arg) for arg in args)
+    if args:
+        return isinstance(value, dict) and all(_is(v, args[1]) for v in value.values())
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, hint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchRecord(Record):
+    """patch.json: what a patch was trained on, from what, and how."""
+
+    FILE: ClassVar[str] = "patch.json"
+    task: str
+    base: Source
+    fingerprint: str
+    data: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    git_commit: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PortRecord(Record):
+    """port.json: which patch was put onto which base, how, and every file written.
+
+    `files` holds the digest of every file written, `configs` those of the base's config.json and the patch's
+    adapter_config.json, which no fingerprint covers: BLAKE3, or SHA-256 in schema version 1.
+    """
+
+    FILE: ClassVar[str] = "port.json"
+    VERSIONS: ClassVar[tuple[int, ...]] = (1, 2)
+    schema_version: int = 2
+    base: Source
+    patch: Source
+    trained_on: Source | None = None
+    task: str | None = None
+    method: str = "direct"
+    output: str = "merged"
+    scale: float = 1.0
+    modules: Mapping[str, int] = field(default_factory=dict)
+    tensors: Mapping[str, int] = field(default_factory=dict)
+    configs: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """Return which digest `files` and `configs` hold."""
+        return "sha256" if self.schema_version == 1 else "blake3"
+
+    @property
+    def algorithm_name(self) -> str:
+        """Return the same for people."""
+        return "SHA-256" if self.schema_version == 1 else "BLAKE3"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseRecord(Record):
+    """release.json: how a release was made, and what it knows before any patch is (the base probe).
+
+    `base` is the release before, which a new one was trained from; `source` where a real release was taken from, and
+    `changes` what it has changed against `base`.
+    """
+
+    FILE: ClassVar[str] = "release.json"
+    fingerprint: str
+    base: Source | None = None
+    source: Source | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
+    probe: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    git_commit: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetRecord(Record):
+    """dataset.json: what `prepare` wrote, from what, and what it decided.
+
+    `digests` and `rows` are of each split written; `source` is `world`, `local` or a dataset of the hub at `revision`;
+    `files` holds the sha256 of each file read; `decisions` counts what was changed, left out or found.
+    """
+
+    FILE: ClassVar[str] = "dataset.json"
+    dataset: str
+    source: str
+    revision: str | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    decisions: Mapping[str, int] = field(default_factory=dict)
+
+
+def dumps(tree: Any) -> str:
+    """JSON as every file of ours is written: indented, in field order, with a closing newline."""
+    return json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,172 @@
+"""A ported directory against its own port.json: every file with its digest, no other weights, the same fingerprint.
+
+Nothing port.json says is trusted before it is checked: it may have been edited, or written by someone else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+from portllm.checkpoint.base.checkpoint import Checkpoint
+from portllm.checkpoint.files import hashing as fingerprint
+from portllm.checkpoint.files.headers import Header
+from portllm.checkpoint.files.names import TOKENIZER, WEIGHT_SUFFIXES
+from portllm.checkpoint.record.provenance import SNAPSHOTS
+from portllm.checkpoint.record.records import PortRecord
+from portllm.checkpoint.writing.writer import Meter
+from portllm.errors import CheckpointError, UnsafeFileError, VerificationError
+
+HEX = re.compile(r"[0-9a-f]{64}")
+PIECE_BYTES = 1 << 20
+OUTPUTS = ("merged", "adapter")
+# what else decides how the directory loads: one of them added is as good as a weight changed
+LOADED = TOKENIZER | {
+    "config.json", "adapter_config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """A ported directory: its record, and where each file that it names is."""
+
+    folder: Path
+    record: PortRecord
+    files: Mapping[str, Path]
+
+    @classmethod
+    def open(cls, folder: Path) -> Manifest:
+        """Read port.json and find every file it names. Raises CheckpointError, UnsafeFileError, VerificationError."""
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: expected a ported directory, found {_kind(folder)}; check the path")
+        record = PortRecord.read(folder)
+        if problem := _malformed(record):
+            raise CheckpointError(f"{folder / PortRecord.FILE}: {problem}; make the directory again")
+        return cls(folder, record, {name: _inside(folder, name) for name in sorted(record.files)})
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files that port.json names."""
+        return sum(path.stat().st_size for path in self.files.values())
+
+    def headers(self) -> list[Header]:
+        """The safetensors headers, which must agree with their files and the index. Raises CheckpointError."""
+        if self.record.output == "merged":
+            return list(Checkpoint.open(self.folder).shards)
+        return fingerprint.headers(self.folder)
+
+    def check_names(self) -> None:
+        """Raise VerificationError for a file that would be loaded and is not in port.json."""
+        for name in _present(self.folder):
+            if name not in self.files and name != PortRecord.FILE and _is_loaded(name):
+                raise VerificationError(
+                    f"{self.folder / name}: is not in {PortRecord.FILE}, expected only files the port wrote; "
+                    "remove it, or port again"
+                )
+
+    def check_digests(self, meter: Meter) -> None:
+        """Read every file. Raises VerificationError for the first whose digest is not port.json's."""
+        algorithm = self.record.algorithm
+        for name, path in self.files.items():
+            found, expected = _digest(path, algorithm, meter), self.record.files[name]
+            if found != expected:
+                raise VerificationError(
+                    f"{self.folder / name}: has {self.record.algorithm_name} {found[:12]}, {PortRecord.FILE} says "
+                    f"{expected[:12]}; it was changed or damaged after the port, port again"
+                )
+
+    def check_fingerprint(self, meter: Meter) -> None:
+        """Read every tensor, whatever is cached. Raises VerificationError when the fingerprint is not port.json's."""
+        tensors = {}
+        for header in self.headers():
+            tensors.update(fingerprint.digests([header], fresh=True))
+            meter.add(header.size)
+        found, expected = fingerprint.combine(tensors), self.record.fingerprint
+        if found != expected:
+            raise VerificationError(
+                f"{self.folder}: has fingerprint {found[:12]}, {PortRecord.FILE} says {(expected or 'none')[:12]}; "
+                "port again"
+            )
+
+
+def _malformed(record: PortRecord) -> str | None:
+    """What is wrong with a record whose fields have the right types, in words."""
+    sources = (record.base, record.patch, *([record.trained_on] if record.trained_on is not None else []))
+    checks = {
+        f"output must be one of {', '.join(OUTPUTS)}": record.output in OUTPUTS,
+        "scale must be finite": math.isfinite(record.scale),
+        "files must name at least one file": bool(record.files),
+        "files and configs must map names to digests of 64 hex digits": all(
+            HEX.fullmatch(digest) for digest in (*record.files.values(), *record.configs.values())
+        ),
+        "every fingerprint must be 64 hex digits": all(
+            HEX.fullmatch(mark) for mark in (record.fingerprint or "", *(s.fingerprint or "0" * 64 for s in sources))
+        ),
+    }
+    return next((words for words, holds in checks.items() if not holds), None)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file `name` below `folder`. Raises UnsafeFileError where the name or a link leads out of it."""
+    parts = PurePosixPath(name).parts
+    plain = "\0" not in name and "\\" not in name and parts and "/".join(parts) == name
+    if not plain or name.startswith("/") or ".." in parts or name == PortRecord.FILE:
+        raise UnsafeFileError(
+            f"{folder / PortRecord.FILE}: names the file {name[:200]!r}, expected a plain name in the directory; "
+            "do not trust it, port again"
+        )
+    path = folder.joinpath(*parts)
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise VerificationError(
+            f"{path}: is in {PortRecord.FILE} and not in the directory, expected every file the port wrote; port again"
+        ) from error
+    if not real.is_relative_to(_root(folder)):
+        raise UnsafeFileError(f"{path}: is a link that leads out of the directory; do not trust it, port again")
+    if not real.is_file():
+        raise VerificationError(
+            f"{path}: expected the file that {PortRecord.FILE} names, found another kind; port again"
+        )
+    return path
+
+
+def _root(folder: Path) -> Path:
+    # a snapshot in a hub cache is made of links to the blobs beside it
+    own = folder.absolute()
+    if own.parent.name == SNAPSHOTS and own.parent.parent.name.startswith("models--"):
+        return own.parent.parent.resolve()
+    return folder.resolve()
+
+
+def _present(folder: Path) -> Iterator[str]:
+    for where, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            yield (Path(where) / name).relative_to(folder).as_posix()
+
+
+def _is_loaded(name: str) -> bool:
+    return Path(name).suffix in WEIGHT_SUFFIXES | {".py"} or name.endswith(".index.json") or name in LOADED
+
+
+def _digest(path: Path, algorithm: fingerprint.Algorithm, meter: Meter) -> str:
+    total, buffer = fingerprint.file_hash(algorithm), memoryview(bytearray(PIECE_BYTES))
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                total.update(buffer[:count])
+                meter.add(count)
+    except OSError as error:
+        raise VerificationError(
+            f"{path}: cannot be read ({error.strerror or error}); see to its permissions or the disk and try again"
+        ) from error
+    return total.hexdigest()
+
+
+def _kind(path: Path) -> str:
+    return "a file" if path.exists() else "nothing"

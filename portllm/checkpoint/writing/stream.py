@@ -1,0 +1,225 @@
+"""The bytes of one written file on their way to the disk: through a few reused buffers, hashed in order.
+
+They go past the page cache where the file system allows it (O_DIRECT): a port must be on the disk when it returns, and
+filling the cache first costs more processor time than all the arithmetic. Filling a buffer, the file's digest, the
+tensors' digests and the disk each have threads of their own; every one of them releases the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import mmap
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+from portllm.checkpoint.files.hashing import file_hash
+from portllm.checkpoint.files.output import sync
+
+ALIGN = 4096  # of offset, length and memory in a direct write; a page
+ROOM = 64  # buffers of single pieces start at multiples of this, so that no tensor is misaligned
+FICLONE = 0x40049409  # ioctl_ficlone(2)
+DISK_THREADS = 2  # writes of one file under way at a time
+
+
+class Piece(Protocol):
+    """Some bytes of a written file, and how they come to be."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many."""
+
+    @property
+    def copied(self) -> bool:
+        """Whether they are the bytes of the file's twin in the same place."""
+
+    def fill(self, old: memoryview, new: memoryview) -> None:
+        """Write the bytes into `new`; `old` is work space of the same length. Pieces are filled in no order."""
+
+    def digest(self, old: memoryview, new: memoryview) -> None:
+        """Take the bytes into the digests of their tensor; called in the file's order, one piece at a time."""
+
+
+class Output:
+    """A file being written, directly to the disk if it can be; on the disk when closed without error.
+
+    `cloned`: it shares the blocks of its twin (btrfs, XFS), so that only what differs is to be written.
+    """
+
+    def __init__(self, path: Path, size: int, twin: int | None = None) -> None:
+        """`twin` is the open handle of a file whose bytes most of this one's are, in the same places."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._path, self._size, self._lock = path, size, threading.Lock()
+        try:
+            self._handle, self._direct = os.open(path, flags | os.O_DIRECT, 0o666), True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._handle, self._direct = os.open(path, flags, 0o666), False
+        self.cloned = twin is not None and self._clone(twin)
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                os.ftruncate(self._handle, self._size)  # the last direct write was of a whole page
+                sync(self._handle, self._path)
+        finally:
+            os.close(self._handle)
+
+    def write(self, piece: memoryview, offset: int) -> None:
+        """Write `piece`: if not cloned, whole pages of memory, at the offset of a page. Raises OSError."""
+        directly = self._direct  # another thread may turn to the cache meanwhile
+        try:
+            write_exactly(self._handle, piece, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not directly:
+                raise
+            self._turn_to_the_cache()  # a file system that takes O_DIRECT at open and refuses it now
+            write_exactly(self._handle, piece, offset)
+        if not self._direct and len(piece):
+            # on Linux this starts the write-back of dirty pages, so that fsync does not wait for all at once
+            os.posix_fadvise(self._handle, offset, len(piece), os.POSIX_FADV_DONTNEED)
+
+    def _clone(self, twin: int) -> bool:
+        try:
+            fcntl.ioctl(self._handle, FICLONE, twin)
+        except OSError:  # not on this file system, or not across two of them: the bytes are written instead
+            return False
+        self._turn_to_the_cache()  # what differs does not stand on whole pages
+        return True
+
+    def _turn_to_the_cache(self) -> None:
+        with self._lock:
+            flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
+            fcntl.fcntl(self._handle, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+            self._direct = False
+
+
+def write_exactly(handle: int, piece: memoryview, offset: int) -> None:
+    """Write all of `piece` at byte `offset` of the file. Raises OSError."""
+    done = 0
+    while done < len(piece):
+        done += os.pwrite(handle, piece[done:], offset + done)
+
+
+class _Slot:
+    """A pair of buffers on page boundaries, and the work still to be done with them."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.old, self.new = memoryview(mmap.mmap(-1, nbytes)), memoryview(mmap.mmap(-1, nbytes + 2 * ALIGN))
+        self.position = self.start = self.stop = 0
+        self.views: list[tuple[Piece, memoryview, memoryview]] = []
+        self.pending: list[Future[None]] = []
+
+    def place(self, pieces: Sequence[Piece], position: int) -> None:
+        """Lay out `pieces`, which stand at byte `position` of the file, as they will stand on the disk's pages."""
+        self.position, self.start = position, position % ALIGN
+        self.stop, self.views, spare = self.start, [], 0
+        for piece in pieces:
+            old, new = (spare, spare + piece.nbytes), (self.stop, self.stop + piece.nbytes)
+            self.views.append((piece, self.old[slice(*old)], self.new[slice(*new)]))
+            spare, self.stop = spare + room(piece.nbytes), new[1]
+
+    def fill(self) -> None:
+        """Fill all pieces."""
+        for piece, old, new in self.views:
+            piece.fill(old, new)
+
+    def digest(self) -> None:
+        """Take all pieces into their tensors' digests."""
+        for piece, old, new in self.views:
+            piece.digest(old, new)
+
+    def wait(self) -> None:
+        """Return when the buffers are free again. Raises what went wrong."""
+        for future in self.pending:
+            future.result()
+
+
+class Stream:
+    """Takes a file's pieces in order, has them filled by `workers`, and passes them on to the digests and the disk."""
+
+    def __init__(self, output: Output, workers: Executor, *, capacity: int, slots: int, ahead: int) -> None:
+        """`capacity` is the most bytes (in `room`s) put at once; `ahead` how many buffers may be filling at a time."""
+        self._output, self._workers, self._ahead = output, workers, ahead
+        self._slots = [_Slot(capacity) for _ in range(slots)]
+        self._turn = itertools.cycle(self._slots)
+        self._filling: deque[tuple[_Slot, Future[None]]] = deque()
+        self._position, self._tail = 0, b""
+        self._digest = file_hash("blake3")
+        self._whole, self._tensors = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._disk = ThreadPoolExecutor(DISK_THREADS)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for _slot, future in self._filling:
+            if not future.cancel():
+                with contextlib.suppress(Exception):
+                    future.result()
+        for pool in (self._whole, self._tensors, self._disk):
+            pool.shutdown(cancel_futures=True)
+
+    def put(self, pieces: Sequence[Piece]) -> None:
+        """Take the next pieces of the file. Raises what went wrong with earlier ones."""
+        slot = next(self._turn)
+        slot.wait()
+        slot.place(pieces, self._position)
+        self._position += slot.stop - slot.start
+        self._filling.append((slot, self._workers.submit(slot.fill)))
+        if len(self._filling) > self._ahead:
+            self._pass_on()
+
+    def finish(self) -> str:
+        """Write what is left; returns the BLAKE3 of all bytes. Raises what went wrong."""
+        while self._filling:
+            self._pass_on()
+        for slot in self._slots:
+            slot.wait()
+        if self._tail and not self._output.cloned:
+            last = self._slots[0].new[:ALIGN]
+            last[: len(self._tail)] = self._tail
+            self._output.write(last, self._position - len(self._tail))
+        return self._digest.hexdigest()
+
+    def _pass_on(self) -> None:
+        """Hand the oldest filled buffer to the digests and, with what was left of the one before, to the disk."""
+        slot, future = self._filling.popleft()
+        future.result()
+        slot.new[: slot.start] = self._tail
+        whole = slot.stop - slot.stop % ALIGN
+        self._tail = bytes(slot.new[whole : slot.stop])
+        slot.pending = [
+            self._whole.submit(self._take, slot.new[slot.start : slot.stop]),
+            self._tensors.submit(slot.digest),
+            *self._disk_work(slot, whole),
+        ]
+
+    def _take(self, data: memoryview) -> None:
+        self._digest.update(data)
+
+    def _disk_work(self, slot: _Slot, whole: int) -> Iterator[Future[None]]:
+        if not self._output.cloned:
+            yield self._disk.submit(self._output.write, slot.new[:whole], slot.position - slot.start)
+            return
+        offset = slot.position
+        for piece, _, new in slot.views:
+            if not piece.copied:
+                yield self._disk.submit(self._output.write, new, offset)
+            offset += piece.nbytes
+
+
+def room(nbytes: int) -> int:
+    """Bytes of a buffer that a piece of `nbytes` takes."""
+    return nbytes + -nbytes % ROOM
