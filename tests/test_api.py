@@ -40,23 +40,6 @@ ERRORS = [
     "UnsupportedPatchError", "ShapeError", "UnmatchedModulesError", "OutputError", "VerificationError", "HubError",
     "EvaluationError", "MachineError", "TrackingError",
 ]  # fmt: skip
-    "PortllmError",
-    "ParamsError",
-    "DataError",
-    "CheckpointError",
-    "UnsafeFileError",
-    "HeaderError",
-    "PatchError",
-    "UnsupportedPatchError",
-    "ShapeError",
-    "UnmatchedModulesError",
-    "OutputError",
-    "VerificationError",
-    "HubError",
-    "EvaluationError",
-    "MachineError",
-    "TrackingError",
-]
 
 
 @dataclasses.dataclass(frozen=True)
