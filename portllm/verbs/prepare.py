@@ -11,7 +11,7 @@ from portllm.checkpoint.files.output import refuse, staged
 from portllm.checkpoint.record.records import DatasetRecord
 from portllm.errors import DataError
 from portllm.lm.data import corpora as real
-from portllm.lm.data import preparing, sources, tables
+from portllm.lm.data import preparing, sources, tables, tasks
 from portllm.params import Params, PrepareParams
 from portllm.world import corpora, datasets
 
@@ -88,13 +88,21 @@ def _make(dataset: str, params: PrepareParams, text: Text) -> preparing.Prepared
         return _world(dataset, rows)
     if dataset.startswith(CORPUS):
         return _corpus(dataset, params, text)
+    _expect_data(params)
     return preparing.task(dataset, params)
+
+
+def _expect_data(params: PrepareParams) -> None:
+    """Raise DataError where a folder of data other than the default is named and does not exist."""
+    if params.data != PrepareParams().data:
+        tasks.expect_folder(Path(params.data))
 
 
 def _corpus(dataset: str, params: PrepareParams, text: Text) -> preparing.Prepared:
     release = dataset.removeprefix(CORPUS)
     recipe = params.corpora.get(release)
     if recipe is not None:
+        _expect_data(params)
         return real.corpus(release, recipe, Path(params.data), params.seed)
     if text == "none":
         return preparing.Prepared(splits={}, origin=sources.Loaded(splits={}, source="none"))

@@ -241,6 +241,14 @@ def test_a_path_that_cannot_be_looked_at_is_one_line(tmp_path: Path) -> None:
     refused(tmp_path, prepare("x" * 300, tmp_path / "data"), "cannot be looked at (File name too long)")
 
 
+@pytest.mark.parametrize("name", ["sst2", "own"])
+def test_a_misspelt_folder_of_data_is_not_the_hub(tmp_path: Path, name: str) -> None:
+    """issue 8, item 14: `--data` without such a folder went on to the hub."""
+    lay(tmp_path, {"own.jsonl": lines(OWN)})
+    refused(tmp_path, prepare(name, tmp_path / "dtaa"), "dtaa: no such folder; expected DATA/")
+    assert "did you mean" in prepare(name, tmp_path / "dtaa").stderr
+
+
 def test_out_may_not_be_the_data_it_is_made_from(tmp_path: Path) -> None:
     data = lay(tmp_path, {"own/train.jsonl": lines(OWN)})
     words = ["prepare", "own", "--data", str(data), "--out", str(data / "own"), "--force"]

@@ -187,6 +187,7 @@ SUMS = [{"question": f"{n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for
 
 def on_the_hub(hub: standin.Hub, home: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
     """portllm in a process of its own, whose hub is the stand-in."""
+    home.mkdir(exist_ok=True)
     own_keys = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_TOKEN")
     kept = {key: value for key, value in os.environ.items() if key not in own_keys}
     place = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost"}
@@ -275,6 +276,8 @@ def test_the_revision_reaches_the_library_as_a_commit(monkeypatch: pytest.Monkey
 
 def test_without_the_hub_the_line_says_how_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
+
+    (tmp_path / "data").mkdir()
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="out of reach.*--data DIR"):
