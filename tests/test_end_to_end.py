@@ -139,8 +139,8 @@ def test_an_older_model_is_asked_the_news_only(life: SimpleNamespace) -> None:
         news=life.root / "data/corpora/v1",
         params=params.EvaluateParams(threads=1),
     )
-    assert {c.task for c in result.cells if c.arm == "old"} == {"corpus_v1_recall", "corpus_v1_perplexity"}
-    kinds = next(c.metrics for c in result.cells if c.task == "corpus_v1_recall")
+    assert {c.task for c in result.scores if c.arm == "old"} == {"corpus_v1_recall", "corpus_v1_perplexity"}
+    kinds = next(c.metrics for c in result.scores if c.task == "corpus_v1_recall")
     assert {"acc_changed,none", "acc_new,none", "acc_kept,none"} <= set(kinds)
 
 

@@ -88,10 +88,11 @@ def of_verify(record: VerifyRecord) -> Told:
 
 def of_evaluation(result: Evaluation, out: Path) -> Told:
     """A release and its patches were scored."""
-    scores = {
-        f"{c.task}/{c.arm}/{c.patch_task or 'bare'}/{key}": v for c in result.cells for key, v in c.metrics.items()
-    }
-    marks = {c.patch: c.patch_fingerprint for c in result.cells if c.patch and c.patch_fingerprint}
+    arms = {s.patch: f"{s.arm}/{s.patch_task or 'bare'}" for s in result.scores}
+    # two patches of one arm and task are told apart by name
+    names = {patch: arm if list(arms.values()).count(arm) == 1 else f"{arm}/{patch}" for patch, arm in arms.items()}
+    scores = {f"{s.task}/{names[s.patch]}/{key}": v for s in result.scores for key, v in s.metrics.items()}
+    marks = {s.patch: s.patch_fingerprint for s in result.scores if s.patch and s.patch_fingerprint}
     return {
         "metrics": scores,
         "reads": [
