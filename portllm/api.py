@@ -257,6 +257,7 @@ def evaluate(
     out: Name,
     tasks: str | Sequence[str] | None = None,
     patches: Names = (),
+    own_task: bool = False,
     before: Names = (),
     data: Name | None = None,
     news: Name | None = None,
@@ -269,14 +270,16 @@ def evaluate(
     """Score `model`, and `patches` on it, on `tasks`; write `out` (JSON) and `samples` (parquet).
 
     `data` has <task>/<split>.parquet; without it data/tasks, then data, then the hub. `tasks` are those of `params` by
-    default. Results on the same content are taken from the user's cache, unless `cache` is False. Raises PortllmError.
+    default. With `own_task` a patch whose record names its task is scored on that and on what no patch is for.
+    Results on the same content are taken from the user's cache, unless `cache` is False. Raises PortllmError.
     """
     from portllm.verbs import evaluate as verb
 
     tree, section = section_of(params, "evaluate", sections.EvaluateParams, options)
     return verb.run(
         model=resolve(model), tasks=words(tasks) if tasks is not None else tree.tasks, out=Path(out),
-        patches=[resolve(path) for path in _list(patches)], before=[resolve(path) for path in _list(before)],
+        patches=[resolve(path) for path in _list(patches)], own_task=own_task,
+        before=[resolve(path) for path in _list(before)],
         data=_path(data), news=_path(news), samples=_path(samples), params=section,
         trust_remote_code=trust_remote_code, cache=cache, on_note=_note,
     )  # fmt: skip

@@ -88,15 +88,16 @@ def of_verify(record: VerifyRecord) -> Result:
 
 def of_evaluation(result: Evaluation, out: Path) -> Result:
     """Return the result of evaluate: scores of a release and of patches on it."""
-    scores = {
-        f"{c.task}/{c.arm}/{c.patch_task or 'bare'}/{key}": v for c in result.cells for key, v in c.metrics.items()
-    }
-    patches = {c.patch: c.patch_fingerprint for c in result.cells if c.patch and c.patch_fingerprint}
+    arms = {s.patch: f"{s.arm}/{s.patch_task or 'bare'}" for s in result.scores}
+    # two patches of one arm and task are told apart by name
+    names = {patch: arm if list(arms.values()).count(arm) == 1 else f"{arm}/{patch}" for patch, arm in arms.items()}
+    scores = {f"{s.task}/{names[s.patch]}/{key}": v for s in result.scores for key, v in s.metrics.items()}
+    marks = {s.patch: s.patch_fingerprint for s in result.scores if s.patch and s.patch_fingerprint}
     return {
         "metrics": scores,
         "reads": [
             Artifact("checkpoint", result.model, result.fingerprint),
-            *(Artifact("patch", name, fingerprint) for name, fingerprint in patches.items()),
+            *(Artifact("patch", name, fingerprint) for name, fingerprint in marks.items()),
             *_files(result.data),
         ],
         "writes": [Artifact("result", public_name(out), *digests([out]).values())],

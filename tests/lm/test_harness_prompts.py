@@ -9,7 +9,7 @@ import pytest
 
 from portllm.lm.data import encoding, prompts, tasks
 from portllm.lm.learning import llama
-from portllm.lm.scoring import evaluation
+from portllm.lm.scoring import questions
 from portllm.params import ArchitectureParams, EvaluateParams
 from portllm.world import datasets, tokenizer
 
@@ -31,7 +31,7 @@ def test_training_prompts_equal_evaluation_prompts_token_for_token(tmp_path: Pat
         warnings.simplefilter("ignore")  # the harness's own
         from lm_eval.models.huggingface import HFLM
 
-        loaded = evaluation.load_tasks(specs, EvaluateParams())
+        loaded = questions.load_tasks(specs, EvaluateParams())
         harness = HFLM(pretrained=model, tokenizer=words)
         for task, told in rows.items():
             loaded[task].build_all_requests(limit=None, rank=0, world_size=1)

@@ -118,8 +118,8 @@ def ours(root: Path) -> dict[str, Any]:
     params = EvaluateParams(limit=LIMIT, threads=1, batch_size=ROWS)
     over = evaluate.run(model=STORIES, patches=[root / "patch"], out=root / "base.json", params=params, **told)
     alone = evaluate.run(model=root / "ported", out=root / "ported.json", params=params, **told)
-    cells = {("base" if c.patch is None else "patch", c.task): c for c in over.cells}
-    return cells | {("ported", c.task): c for c in alone.cells}
+    cells = {("base" if c.patch is None else "patch", c.task): c for c in over.scores}
+    return cells | {("ported", c.task): c for c in alone.scores}
 
 
 @pytest.mark.parametrize("name", ["base", "patch", "ported"])
@@ -132,7 +132,7 @@ def test_every_metric_and_every_answer_is_the_harness_s(root: Path, ours: dict[s
     metrics, logged = theirs(root, name, models[name])
     assert {task: dict(ours[name, task].metrics) for task in TASKS} == metrics
     for task, lines in logged.items():
-        by_document = {sample.doc_id: sample for sample in ours[name, task].samples}
+        by_document = {sample.doc_id: sample for sample in ours[name, task].documents}
         assert len(by_document) == LIMIT
         for line in lines:
             sample = by_document[line["doc_id"]]
@@ -149,6 +149,6 @@ def test_every_metric_and_every_answer_is_the_harness_s(root: Path, ours: dict[s
 def test_the_models_answer_differently(ours: dict[str, Any]) -> None:
     for task in TASKS:
         told = {
-            str([(s.written, s.loglikelihoods) for s in ours[m, task].samples]) for m in ("base", "patch", "ported")
+            str([(s.written, s.loglikelihoods) for s in ours[m, task].documents]) for m in ("base", "patch", "ported")
         }
         assert len(told) == 3, task

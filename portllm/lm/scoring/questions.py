@@ -1,15 +1,18 @@
-"""The tasks of one evaluation: their names, their files, and their definitions once there is a tokenizer."""
+"""The tasks of one evaluation: their names, their files, and the harness's objects of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import contextlib
+import io
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portllm.errors import EvaluationError
-from portllm.lm.data import own, prompts, tasks
-from portllm.lm.scoring import evaluation, identity
-from portllm.lm.scoring.scored import Scored
+from portllm.lm.data import asking, own, prompts, stock, tasks
+from portllm.lm.scoring import ledger
+from portllm.lm.scoring.scored import ScoredTask
 from portllm.params import EvaluateParams
 from portllm.world import datasets
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORD = "dataset.json"
-# a release's corpus, asked: does the model know its facts, and is it surprised by its text?
+# what is asked of a release's corpus: does the model recall its facts, and does it expect its text?
 NEWS = (("recall", "recall"), ("perplexity", "test"))
 
 
@@ -28,38 +31,48 @@ class Questions:
     for no task and for a name that is none, DataError for no DATA.
     """
 
-    def __init__(self, names: Sequence[str], *, data: Path | None, news: Path | None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        data: Path | None,
+        news: Path | None,
+        on_note: Callable[[str], object] = lambda _: None,
+    ) -> None:
         tasks.expect_folder(data if names else None)
         self._folders = {name: tasks.data_folder(name, data) for name in names}
         self._news = dict(_news(news)) if news is not None else {}
+        self._on_note = on_note
         self.names = list(dict.fromkeys([*names, *self._news]))
         if not self.names:
             raise EvaluationError("no task to evaluate on; name at least one with --tasks (see `portllm tasks`)")
         for name in self.of_the_hub():  # a slip of the pen is none of the hub's
             tasks.expect_task(name, self._folders[name])
         self._loaded: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
+        self._cache: tempfile.TemporaryDirectory[str] | None = None
 
     def key(self, name: str) -> dict[str, Any] | None:
-        """Digests of a task's data and definition; None for what the harness fetches from the hub itself."""
+        """Return digests of a task's data and definition; None for what the harness fetches from the hub itself."""
         if name in self._news:
-            return {"data": identity.of_files([self._news[name][1]]), "definition": {}}
+            return {"data": ledger.files_identity([self._news[name][1]]), "definition": {}}
         files = [path for path in self.folder(name).glob("*") if path.is_file() and path.name != RECORD]
         if not files:
             return None
         ours = name in datasets.TASKS or own.is_own(self.folder(name))
-        return {"data": identity.of_files(files), "definition": {} if ours else dict(identity.of_definition(name))}
+        definition = {} if ours else dict(ledger.definition_identity(name))
+        return {"data": ledger.files_identity(files), "definition": definition}
 
     def of_the_hub(self) -> list[str]:
-        """The tasks without files, which the harness asks the hub for, at whatever commit is newest."""
+        """Return the tasks without files, whose data the harness takes from the hub's newest commit."""
         ours = {*datasets.TASKS, *self._news}
         return [name for name in self.names if name not in ours and not self.folder(name).is_dir()]
 
     def folder(self, name: str) -> Path:
-        """Where a task's data lie."""
+        """Return the directory of a task's data."""
         return self._news[name][1].parent if name in self._news else self._folders[name] / name
 
-    def files(self, scored: Iterable[Scored]) -> Iterator[Path]:
-        """The file whose rows were asked, of each task; the others are there for examples in the prompt only."""
+    def files(self, scored: Iterable[ScoredTask]) -> Iterator[Path]:
+        """Yield the file of each task that holds the scored documents; others only give examples in the prompt."""
         for one in scored:
             path = tasks.split_file(self.folder(one.task), one.split)
             if path is not None:
@@ -68,10 +81,10 @@ class Questions:
     def load(
         self, names: Sequence[str], words: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, params: EvaluateParams
     ) -> dict[str, Any]:
-        """The harness's task objects of `names`; made once for each tokenizer, told by the digests of its files."""
+        """Return the harness's objects of `names`, made once for each tokenizer (`words`: the digests of its files)."""
         loaded = self._loaded.setdefault(tuple(sorted(words.items())), {})
-        missing = [self._spec(name, tokenizer) for name in names if name not in loaded]
-        loaded |= evaluation.load_tasks(missing, params)
+        missing = [self._with_cache(self._spec(name, tokenizer)) for name in names if name not in loaded]
+        loaded |= load_tasks(missing, params)
         return {name: loaded[name] for name in names}
 
     def _spec(self, name: str, tokenizer: PreTrainedTokenizerBase) -> tasks.Spec:
@@ -82,9 +95,85 @@ class Questions:
         config = prompts.load_task(datasets.task_file(f"world_{kind}"))
         return tasks.on_files(config, {path.stem: path}, name=name)
 
+    def _with_cache(self, spec: tasks.Spec) -> tasks.Spec:
+        """Return a task on local files so that `datasets` can read them: it converts them in a cache directory."""
+        if isinstance(spec, str) or (self._cache is None and (reason := _cache_refusal()) is None):
+            return spec
+        if self._cache is None:
+            self._cache = tempfile.TemporaryDirectory(prefix="portllm-datasets-")
+            self._on_note(f"{reason}; data are read through a temporary directory")
+        return {**spec, "dataset_kwargs": {**spec["dataset_kwargs"], "cache_dir": self._cache.name}}
+
+
+class RepeatedTask:
+    """A task of the harness whose requests are built once and given out again, unanswered, for every model.
+
+    The requests and their examples depend on the task and on `seed` alone. Everything else is the harness's `task`.
+    """
+
+    def __init__(self, task: Any, seed: int) -> None:
+        self.task, self.seed = task, seed
+        self.is_built = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
+
+    def build_all_requests(self, **settings: Any) -> None:
+        """Build the requests where they are not, and remove the answers from those that are."""
+        if not self.is_built:
+            self.task.set_fewshot_seed(seed=self.seed)
+            with contextlib.redirect_stderr(io.StringIO()):  # its progress bar has no switch
+                self.task.build_all_requests(**settings)
+            self.is_built = True
+        for request in self.task.instances:
+            request.resps, request.filtered_resps = [], {}
+
+
+def load_tasks(specs: Sequence[str | Mapping[str, Any]], params: EvaluateParams) -> dict[str, Any]:
+    """Return the harness's task objects by name, from complete task configurations or the harness's own names.
+
+    Examples in the prompt are as many as the harness gives for the same `--num_fewshot`. Raises EvaluationError when a
+    name is not known or its data cannot be had.
+    """
+    loaded: dict[str, Any] = {}
+    for spec in specs:
+        name = spec if isinstance(spec, str) else str(spec["task"])
+        config = stock.definition(spec) if isinstance(spec, str) else spec
+        task = asking.build(config, name=name)
+        own_examples = task.config.num_fewshot
+        # a task that says 0 means it, the harness holds
+        if own_examples is None or (params.num_fewshot >= 0 and own_examples != 0):
+            task.set_config(key="num_fewshot", value=max(params.num_fewshot, 0))
+        loaded[name] = RepeatedTask(task, params.seed)
+    return loaded
+
+
+def documents(task: Any, params: EvaluateParams) -> int:
+    """Return how many documents of a task are scored."""
+    count = len(task.eval_docs)
+    return min(count, params.limit) if params.limit else count
+
+
+def asked_split(task: Any) -> str:
+    """Return the split a task is scored on."""
+    return str(task.config.test_split if task.has_test_docs() else task.config.validation_split)
+
+
+def _cache_refusal() -> str | None:
+    """Return why `datasets` cannot write its cache; None where it can."""
+    from datasets import config
+
+    folder = Path(config.HF_DATASETS_CACHE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"{folder}: cannot be written ({error.strerror or error})"
+
 
 def _news(corpus: Path) -> Iterator[tuple[str, tuple[str, Path]]]:
-    """What can be asked of a corpus: a real one has no facts, and a base from the hub no text."""
+    """Yield what can be asked of a corpus: a real one has no facts, and a base from the hub no text."""
     for kind, split in NEWS:
         path = corpus / f"{split}.parquet"
         if path.is_file():

@@ -1,10 +1,11 @@
-"""What a task's scoring gives: the harness's own metrics, and every document's answer."""
+"""What scoring gives: the harness's own metrics of a task, the answer to every document, and the files they go to."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from portllm.errors import EvaluationError
@@ -17,7 +18,7 @@ COUNTED = ("f1", "mcc")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class ScoredDocument:
     """One scored document: `score` is the task's main metric on it (1.0 right, 0.0 wrong).
 
     `metrics` and `answers` hold every filter's; `loglikelihoods` (nats) one value per choice, none for written answers;
@@ -35,28 +36,52 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
-    """One task scored on one model: the harness's own metric keys, and the answers to the documents of `split`."""
+class ScoredTask:
+    """One task scored on one model: the harness's own metric keys, and the answers to the documents of `split`.
+
+    `truncated` counts the documents whose prompt is longer than the model's context, and so lost its beginning.
+    """
 
     task: str
     split: str
     metrics: Mapping[str, float]
-    samples: tuple[Sample, ...]
+    documents: tuple[ScoredDocument, ...]
+    truncated: int = 0
 
 
-def of_results(name: str, results: Mapping[str, Any], *, split: str) -> Scored:
-    """What the harness's `evaluate` returned for the task `name`. Raises EvaluationError when it has no metric."""
+@dataclass(frozen=True, kw_only=True)
+class ArmScore:
+    """A task's score on one arm; `patch` is the unique name of what is scored, None for the bare model."""
+
+    task: str
+    patch: str | None
+    arm: str
+    patch_task: str | None
+    patch_fingerprint: str | None
+    metrics: Mapping[str, float]
+    documents: tuple[ScoredDocument, ...]
+    truncated: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the row of the results file; `truncated` is in it only where a prompt was truncated."""
+        names = ("task", "patch", "arm", "patch_task", "patch_fingerprint", "metrics")
+        row = {**{name: getattr(self, name) for name in names}, "samples": len(self.documents)}
+        return {**row, "truncated": self.truncated} if self.truncated else row
+
+
+def of_results(name: str, results: Mapping[str, Any], *, split: str, truncated: int = 0) -> ScoredTask:
+    """Return what the harness's `evaluate` says of the task `name`. Raises EvaluationError when it has no metric."""
     metrics = {k: float(v) for k, v in results["results"][name].items() if _is_metric(k, v)}
     label, _, strainer = main_metric(metrics).partition(",")
     by_document: dict[int, dict[str, Mapping[str, Any]]] = {}
     for sample in sorted(results["samples"][name], key=lambda s: int(s["doc_id"])):
         by_document.setdefault(int(sample["doc_id"]), {})[sample["filter"]] = sample
-    samples = tuple(_sample(number, told, label, strainer) for number, told in by_document.items())
-    return Scored(task=name, split=split, metrics=metrics, samples=samples)
+    documents = tuple(_document(number, samples, label, strainer) for number, samples in by_document.items())
+    return ScoredTask(task=name, split=split, metrics=metrics, documents=documents, truncated=truncated)
 
 
 def main_metric(metrics: Mapping[str, float]) -> str:
-    """The key a task is judged by: accuracy, exact match or perplexity before any other. Raises EvaluationError."""
+    """Return the key a task is judged by: accuracy, exact match or perplexity first. Raises EvaluationError."""
     for judge in JUDGES:
         for key in sorted(metrics, reverse=True):
             if key.startswith(f"{judge},"):
@@ -66,23 +91,48 @@ def main_metric(metrics: Mapping[str, float]) -> str:
     return next(iter(metrics))
 
 
-def _sample(number: int, told: Mapping[str, Mapping[str, Any]], label: str, strainer: str) -> Sample:
-    main = told[strainer]
-    metrics = {f"{key},{name}": _number(key, s[key]) for name, s in told.items() for key in s["metrics"] if key in s}
-    return Sample(
+def write_samples(path: Path, scores: Sequence[ArmScore]) -> None:
+    """Write a Parquet row per document and score; the maps hold every filter's metrics and answers."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text, number = pa.string(), pa.float64()
+    columns = {"task": text, "arm": text, "patch_task": text, "patch": text, "patch_fingerprint": text}
+    columns |= {"doc_id": pa.int64(), "correct": pa.bool_(), "score": number, "answer": text, "target": text}
+    columns |= {"metrics": pa.map_(text, number), "answers": pa.map_(text, text)}
+    schema = pa.schema(columns | {"loglikelihoods": pa.list_(number), "written": text})
+    arm_columns = ("task", "arm", "patch_task", "patch", "patch_fingerprint")
+    rows = [
+        {**{name: getattr(score, name) for name in arm_columns}, **_sample(document)}
+        for score in scores
+        for document in score.documents
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema), path, compression="zstd")
+
+
+def _sample(document: ScoredDocument) -> dict[str, Any]:
+    maps = {name: list(getattr(document, name).items()) for name in ("metrics", "answers")}
+    return {**vars(document), **maps, "correct": document.score == 1.0}
+
+
+def _document(number: int, samples: Mapping[str, Mapping[str, Any]], label: str, strainer: str) -> ScoredDocument:
+    """One document from the harness's samples of it, by filter; `label` and `strainer` name the main metric."""
+    main = samples[strainer]
+    metrics = {f"{key},{name}": _number(key, s[key]) for name, s in samples.items() for key in s["metrics"] if key in s}
+    return ScoredDocument(
         doc_id=number,
         score=metrics[f"{label},{strainer}"],
         answer=_answer(main),
         target=str(main["target"]),
         metrics=metrics,
-        answers={name: _answer(sample) for name, sample in told.items()},
+        answers={name: _answer(sample) for name, sample in samples.items()},
         loglikelihoods=_loglikelihoods(main["resps"]),
         written=_written(main["resps"]),
     )
 
 
 def _answer(sample: Mapping[str, Any]) -> str:
-    """What the model said: the text it generated, or the index of the choice it found likeliest."""
+    """Return the text the model generated, or the index of the choice it finds likeliest."""
     answers = sample["filtered_resps"]
     if isinstance(answers[0], str):
         return answers[0]
@@ -94,13 +144,13 @@ def _answer(sample: Mapping[str, Any]) -> str:
 
 
 def _loglikelihoods(answers: Sequence[Sequence[Any]]) -> tuple[float, ...]:
-    """The log-likelihood in the first answer to each request."""
+    """Return the log-likelihood in the first answer to each request."""
     values = [one[0][0] if isinstance(one[0], (list, tuple)) else one[0] for one in answers if one]
     return tuple(float(value) for value in values) if all(isinstance(v, float) for v in values) else ()
 
 
 def _written(answers: Sequence[Sequence[Any]]) -> str:
-    """The first answer to the first request, where it is text."""
+    """Return the first answer to the first request, where it is text."""
     first = answers[0][0] if answers and answers[0] else None
     return first if isinstance(first, str) else ""
 
@@ -110,7 +160,7 @@ def _is_metric(key: str, value: Any) -> bool:
 
 
 def _number(metric: str, value: Any) -> float:
-    """A document's metric as a number; not a number where it is none."""
+    """Return a document's metric as a number; not a number where it is none."""
     if isinstance(value, (list, tuple)):
         if metric in COUNTED:
             return float(value[0] == value[1])

@@ -1,6 +1,6 @@
-"""What several processes on one job tell one another; one alone needs no torch for it.
+"""Values exchanged between the processes of one job; one process alone needs no torch for it.
 
-All processes must make the same calls in the same order, or they wait for one another for ever.
+All processes must make the same calls in the same order, or they wait for each other permanently.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LONGEST_WAIT = timedelta(weeks=4)
 
 
 def device() -> Any:
-    """Where this process computes (torch.device): on a GPU of its own, where there are any."""
+    """Return where this process computes (torch.device): on a GPU of its own, where there are any."""
     import torch
 
     if processes.count() > 1:
@@ -25,18 +25,18 @@ def device() -> Any:
 
 
 def from_main(value: Value) -> Value:
-    """The main process's `value`."""
+    """Return the main process's `value`."""
     if processes.count() == 1:
         return value
     from accelerate.utils import broadcast_object_list
 
     _state()
-    told: list[Value] = broadcast_object_list([value])
-    return told[0]
+    values: list[Value] = broadcast_object_list([value])
+    return values[0]
 
 
 def gathered(value: Value) -> list[Value]:
-    """The `value` of each process, in the order of their numbers."""
+    """Return the `value` of each process, in the order of their numbers."""
     if processes.count() == 1:
         return [value]
     from accelerate.utils import gather_object
@@ -46,7 +46,7 @@ def gathered(value: Value) -> list[Value]:
 
 
 def _state() -> Any:
-    """Of this process; the first call joins the others, and each may then wait for another as long as it takes."""
+    """Return this process's state; the first call joins the others, each of which may be waited for at any length."""
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env

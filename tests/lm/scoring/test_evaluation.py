@@ -1,7 +1,8 @@
-"""Tasks as the harness would load them, asked of every patch alike."""
+"""A patch leaves the base as it was; after any patch, the base is the same, or is reloaded."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from portllm.errors import EvaluationError
 from portllm.lm.data import tasks
 from portllm.lm.learning import llama
-from portllm.lm.scoring import evaluation
+from portllm.lm.scoring import evaluation, questions
 from portllm.params import ArchitectureParams, EvaluateParams
 from portllm.world import tokenizer
 
@@ -26,57 +27,14 @@ def data(tmp_path: Path) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    sums = [{"question": f"what is {i} plus 1", "answer": f"it is {i + 1} #### {i + 1}"} for i in range(12)]
-    facts = [
-        {"sentence": f"Anna likes {word}", "label": i % 2, "idx": i} for i, word in enumerate(["tea", "cake", "rain"])
-    ]
-    for task, split, rows in [("gsm8k", "train", sums), ("gsm8k", "test", sums[:3]), ("sst2", "validation", facts),
-                              ("sst2", "train", facts)]:  # fmt: skip
-        (tmp_path / task).mkdir(exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / task / f"{split}.parquet")
+    facts = [{"sentence": f"Anna likes {word}", "label": i % 2, "idx": i} for i, word in enumerate(["tea", "cake"])]
+    (tmp_path / "sst2").mkdir()
+    pq.write_table(pa.Table.from_pylist(facts), tmp_path / "sst2" / "validation.parquet")
     return tmp_path
 
 
-def load(name: str, data: Path, **params: Any) -> Any:
-    return evaluation.load_tasks([tasks.spec(name, data)], EvaluateParams(**params))[name]
-
-
-def prompts(task: Any) -> list[str]:
-    task.build_all_requests(limit=None, rank=0, world_size=1)
-    return [request.args[0] for request in task.instances]
-
-
-@pytest.mark.parametrize(("asked", "given"), [(0, 0), (3, 3), (-1, 5)])
-def test_examples_in_the_prompt_are_as_many_as_asked(data: Path, asked: int, given: int) -> None:
-    made = prompts(load("gsm8k", data, num_fewshot=asked))
-    assert [text.count("Question:") for text in made] == [given + 1] * 3
-
-
-def test_the_same_examples_every_time_a_task_is_asked(data: Path) -> None:
-    task = load("gsm8k", data, num_fewshot=3)
-    first = prompts(task)
-    assert len(set(first)) == 3
-    assert prompts(task) == first == prompts(load("gsm8k", data, num_fewshot=3))
-    assert prompts(load("gsm8k", data, num_fewshot=3, seed=1)) != first
-
-
-def test_requests_given_out_again_hold_no_old_answer(data: Path) -> None:
-    task = load("sst2", data)
-    prompts(task)
-    task.instances[0].resps.append((-1.0, True))
-    prompts(task)
-    assert all(request.resps == [] for request in task.instances)
-
-
-def test_how_many_documents_are_asked(data: Path) -> None:
-    task = load("sst2", data)
-    assert [evaluation.documents(task, EvaluateParams(limit=n)) for n in (0, 2, 9)] == [3, 2, 3]
-    assert (evaluation.asked_split(task), evaluation.asked_split(load("gsm8k", data))) == ("validation", "test")
-
-
-def test_a_task_nobody_knows_is_an_error(data: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"sst3.*did you mean"):
-        evaluation.load_tasks([tasks.spec("sst3", data)], EvaluateParams())
+def sst2(data: Path) -> Any:
+    return questions.load_tasks([tasks.spec("sst2", data)], EvaluateParams())["sst2"]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +63,7 @@ def patch(folder: Path, checkpoint: Path, **config: Any) -> Path:
 
 def test_a_patch_leaves_the_base_as_it_was(data: Path, checkpoint: Path, tmp_path: Path) -> None:
     harness = evaluation.Harness(checkpoint, EvaluateParams(threads=1))
-    task = load("sst2", data)
+    task = sst2(data)
     before = harness.score(task)
     with harness.patched(patch(tmp_path / "head", checkpoint, modules_to_save=["lm_head"])):
         headed = harness.score(task)
@@ -113,22 +71,22 @@ def test_a_patch_leaves_the_base_as_it_was(data: Path, checkpoint: Path, tmp_pat
     with harness.patched(patch(tmp_path / "plain", checkpoint)):
         patched = harness.score(task)
     assert harness.score(task) == before
-    assert len({one.samples[0].loglikelihoods for one in (before, headed, patched)}) == 3
-    assert len(before.samples[0].loglikelihoods) == 2
+    assert len({one.documents[0].loglikelihoods for one in (before, headed, patched)}) == 3
+    assert len(before.documents[0].loglikelihoods) == 2
 
 
-def test_a_base_a_patch_has_written_into_is_let_go_before_it_is_loaded_anew(
+def test_a_base_that_a_patch_has_written_into_is_freed_before_it_is_reloaded(
     data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import gc
     import weakref
 
-    made = patch(tmp_path / "biased", checkpoint, bias="all")
+    biased = patch(tmp_path / "biased", checkpoint, bias="all")
     inner, alive = evaluation.load_model, []
 
-    def loading(*rest: Any, **told: Any) -> Any:
+    def loading(*rest: Any, **settings: Any) -> Any:
         assert all(one() is None for one in alive), "two bases at once"
-        model, words = inner(*rest, **told)
+        model, words = inner(*rest, **settings)
         alive.append(weakref.ref(model))
         return model, words
 
@@ -136,8 +94,8 @@ def test_a_base_a_patch_has_written_into_is_let_go_before_it_is_loaded_anew(
     gc.disable()  # nothing is freed by chance
     try:
         harness = evaluation.Harness(checkpoint, EvaluateParams(threads=1))
-        with harness.patched(made):
-            harness.score(load("sst2", data))
+        with harness.patched(biased):
+            harness.score(sst2(data))
     finally:
         gc.enable()
     assert len(alive) == 2
@@ -152,3 +110,82 @@ def test_a_patch_of_another_shape_is_an_error(checkpoint: Path, tmp_path: Path) 
     harness = evaluation.Harness(checkpoint, EvaluateParams(threads=1))
     with pytest.raises(EvaluationError, match="was it made for it"), harness.patched(patch(tmp_path / "p", other)):
         pass
+
+
+def test_peft_s_refusal_names_the_tensor(checkpoint: Path, tmp_path: Path) -> None:
+    """issue 8, item 15: of a list under a heading, the heading alone says nothing."""
+    folder = patch(tmp_path / "p", checkpoint)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 3}))
+    harness = evaluation.Harness(checkpoint, EvaluateParams(threads=1))
+    with (
+        pytest.raises(EvaluationError, match=r"size mismatch for .*lora_A.*was it made for it"),
+        harness.patched(folder),
+    ):
+        pass
+
+
+def test_a_model_that_gives_nan_is_not_scored(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """issue 8, item 1."""
+    import torch
+
+    broken = tmp_path / "broken"
+    model, words = evaluation.load_model(checkpoint)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    model.save_pretrained(broken)
+    words.save_pretrained(broken)
+    harness = evaluation.Harness(broken, EvaluateParams(threads=1))
+    with pytest.raises(EvaluationError, match=r"^sst2: the log-likelihood of .* is nan; expected finite numbers"):
+        harness.score(sst2(data))
+
+
+LINEARS = ["q_proj", "down_proj"]
+CASES = {
+    "plain": ({}, True),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, True),
+    "tokens": ({"trainable_token_indices": [1, 2]}, True),
+    "dora": ({"use_dora": True}, True),
+    "pissa": ({"init_lora_weights": "pissa"}, False),
+    "biases": ({"bias": "all"}, False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_base_is_as_it_was_or_is_to_be_reloaded(case: str, tmp_path: Any) -> None:
+    import copy
+
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    settings, restored = CASES[case]
+    shape = ArchitectureParams(hidden_size=16, intermediate_size=16, layers=1, heads=1)
+    base = llama.new_llama(tokenizer.build(), shape, seed=0).eval()
+    ids = torch.arange(8)[None]
+    trained = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=LINEARS, **settings))
+    with torch.no_grad():
+        for p in trained.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+        trained.save_pretrained(tmp_path)
+        before, weights = base(ids).logits, copy.deepcopy(base.state_dict())
+        state = evaluation.State.of(base)
+        patched = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+        assert not torch.equal(patched(ids).logits, before)
+        assert state.restore(base, patched) is restored
+        if restored:
+            assert torch.equal(base(ids).logits, before)
+            assert {k: torch.equal(v, weights[k]) for k, v in base.state_dict().items()} == dict.fromkeys(weights, True)
+
+
+def test_a_weight_written_to_is_noticed() -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    shape = ArchitectureParams(hidden_size=16, intermediate_size=16, layers=1, heads=1)
+    base = llama.new_llama(tokenizer.build(), shape, seed=0)
+    state = evaluation.State.of(base)
+    patched = get_peft_model(base, LoraConfig(r=2, target_modules=LINEARS))
+    with torch.no_grad():
+        base.get_input_embeddings().weight[0, 0] += 1
+    assert state.restore(base, patched) is False

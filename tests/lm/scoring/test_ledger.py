@@ -1,24 +1,31 @@
-"""What was scored before is believed where it is exactly what it should be, and nowhere else."""
+"""An entry of the cache is used where it is exactly what it should be; whatever can change a score changes its key."""
 
 from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from portllm.errors import OutputError
 from portllm.lm.scoring import ledger
-from portllm.lm.scoring.scored import Sample, Scored
+from portllm.lm.scoring.scored import ScoredDocument, ScoredTask
 
+Made = Callable[..., Path]
 KEY: dict[str, Any] = {"task": "sst2", "model": {"fingerprint": "ab"}, "params": {"limit": 0}}
 
 
-def scored(task: str = "sst2") -> Scored:
-    right = Sample(doc_id=0, score=1.0, answer="1", target="1", metrics={"acc,none": 1.0}, loglikelihoods=(-1.25, -0.1))
-    words = Sample(doc_id=1, score=0.0, answer="ünï\n\ud800"[:4], target="", answers={"none": "x"})
-    return Scored(task=task, split="validation", metrics={"acc,none": 1 / 3}, samples=(right, words))
+def scored(task: str = "sst2") -> ScoredTask:
+    right = ScoredDocument(
+        doc_id=0, score=1.0, answer="1", target="1", metrics={"acc,none": 1.0}, loglikelihoods=(-1.25, -0.1)
+    )
+    words = ScoredDocument(doc_id=1, score=0.0, answer="ünï\n\ud800"[:4], target="", answers={"none": "x"})
+    return ScoredTask(task=task, split="validation", metrics={"acc,none": 1 / 3}, documents=(right, words), truncated=1)
 
 
 def entry(cache: Path) -> Path:
@@ -34,14 +41,14 @@ def test_what_is_kept_is_found_again_to_the_last_digit(private_cache: Path) -> N
 
 
 def test_not_a_number_survives(private_cache: Path) -> None:
-    strange = Scored(
+    strange = ScoredTask(
         task="sst2", split="test", metrics={"acc,none": 0.0},
-        samples=(Sample(doc_id=0, score=math.nan, answer="", target=""),),
+        documents=(ScoredDocument(doc_id=0, score=math.nan, answer="", target=""),),
     )  # fmt: skip
     ledger.keep(KEY, strange)
     found = ledger.find(KEY)
     assert found is not None
-    assert math.isnan(found.samples[0].score)
+    assert math.isnan(found.documents[0].score)
 
 
 @pytest.mark.parametrize("other", [{"task": "rte"}, {"model": {"fingerprint": "ac"}}, {"params": {"limit": 1}}])
@@ -84,10 +91,11 @@ def _retold(text: str, change: Any) -> str:
         lambda told: told.update(task="rte"),
         lambda told: told["metrics"].update({"acc,none": "0.9"}),
         lambda told: told["metrics"].update({"acc,none": True}),
-        lambda told: told["samples"][0].update(doc_id=1.5),
-        lambda told: told["samples"][0].update(answers=[]),
-        lambda told: told["samples"][0].pop("score"),
-        lambda told: told.update(samples=None),
+        lambda told: told["documents"][0].update(doc_id=1.5),
+        lambda told: told["documents"][0].update(answers=[]),
+        lambda told: told["documents"][0].pop("score"),
+        lambda told: told.update(documents=None),
+        lambda told: told.pop("truncated"),
     ],
 )
 def test_values_of_another_kind_are_not_believed(private_cache: Path, change: Any) -> None:
@@ -104,7 +112,93 @@ def test_any_other_file_in_its_place_is_as_good_as_none(private_cache: Path, tex
     assert ledger.find(KEY) is None
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(private_cache: Path) -> None:
+def test_a_cache_that_cannot_be_written_gives_a_reason(private_cache: Path) -> None:
+    """issue 8, item 16."""
     (private_cache / "portllm").write_text("a file where the directory should be")
-    ledger.keep(KEY, scored())
+    with pytest.raises(OutputError, match="cache of scores cannot be written"):
+        ledger.keep(KEY, scored())
     assert ledger.find(KEY) is None
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """issue 8, item 16: a container may run as a user that the system does not list."""
+
+    def refuse() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", refuse)
+    assert ledger.find(KEY) is None
+    with pytest.raises(OutputError, match="home directory"):
+        ledger.keep(KEY, scored())
+
+
+def tensors() -> dict[str, object]:
+    import torch
+
+    return {"a.weight": torch.ones(2, 2), "b.weight": torch.zeros(3)}
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "generation_config.json", "modeling_own.py", "merges.txt"]
+)
+def test_a_file_that_loading_reads_is_part_of_it(tmp_path: Path, make_checkpoint: Made, name: str) -> None:
+    folder = make_checkpoint(tmp_path / "m", tensors())
+    before = ledger.weights_identity(folder)
+    (folder / name).write_text("{} ")
+    assert ledger.weights_identity(folder) != before
+
+
+@pytest.mark.parametrize("name", ["README.md", "port.json", "release.json", "pytorch_model.bin", ".gitattributes"])
+def test_a_file_that_says_nothing_to_a_model_is_not(tmp_path: Path, make_checkpoint: Made, name: str) -> None:
+    folder = make_checkpoint(tmp_path / "m", tensors())
+    before = ledger.weights_identity(folder)
+    (folder / name).write_text("x")
+    assert ledger.weights_identity(folder) == before
+
+
+def test_shards_are_of_no_consequence_and_values_are(tmp_path: Path, make_checkpoint: Made) -> None:
+    one = ledger.weights_identity(make_checkpoint(tmp_path / "one", tensors()))
+    two = ledger.weights_identity(make_checkpoint(tmp_path / "two", tensors(), shards=[["b.weight"], ["a.weight"]]))
+    other = {**tensors(), "a.weight": tensors()["a.weight"] * 2}  # type: ignore[operator]
+    assert one == two != ledger.weights_identity(make_checkpoint(tmp_path / "three", other))
+
+
+def test_a_patch_s_configuration_is_part_of_it(tmp_path: Path, make_patch: Made) -> None:
+    import torch
+
+    pairs = {"q_proj": (torch.ones(2, 4), torch.ones(4, 2))}
+    four, eight = (ledger.weights_identity(make_patch(tmp_path / str(a), pairs, lora_alpha=a)) for a in (4, 8))
+    assert four["fingerprint"] == eight["fingerprint"]
+    assert four != eight
+
+
+def test_words_are_the_tokenizer_s_files_alone(tmp_path: Path, make_checkpoint: Made) -> None:
+    folder = make_checkpoint(tmp_path / "m", tensors())
+    (folder / "tokenizer.json").write_text("{}")
+    assert set(ledger.tokenizer_identity(folder)) == {"tokenizer.json"}
+
+
+def test_a_task_s_definition_is_that_of_the_installed_harness() -> None:
+    assert "default.yaml" in ledger.definition_identity("sst2")
+    assert "preprocess_winogrande.py" in ledger.definition_identity("winogrande")
+    assert ledger.definition_identity("no_such_task_anywhere") == {}
+
+
+def test_a_changed_file_shows_in_its_folder_s_state(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_text("1")
+    before = ledger.folder_state(tmp_path)
+    assert ledger.folder_state(tmp_path) == before
+    file.write_text("2")
+    assert ledger.folder_state(tmp_path) != before
+
+
+def test_none_of_it_needs_the_heavy_libraries() -> None:
+    calls = "ledger.code_identity(); ledger.device_identity(); ledger.definition_identity('gsm8k')"
+    heavy = "{'torch', 'transformers', 'lm_eval', 'peft', 'datasets'} & set(sys.modules)"
+    script = "import sys\nfrom portllm.lm.scoring import ledger\n" + (
+        f"{calls}\nsys.exit(str({heavy}) if {heavy} else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

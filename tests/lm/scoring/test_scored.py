@@ -26,8 +26,8 @@ def test_two_filters_make_one_row_a_document() -> None:
     metrics |= {"exact_match_stderr,strict-match": "N/A", "sample_len": 2}
     scored = of_results("gsm8k", {"results": {"gsm8k": metrics}, "samples": {"gsm8k": rows}}, split="test")
     assert scored.metrics == {"exact_match,strict-match": 0.5, "exact_match,flexible-extract": 1.0}
-    assert [s.doc_id for s in scored.samples] == [0, 1]
-    last = scored.samples[1]
+    assert [s.doc_id for s in scored.documents] == [0, 1]
+    last = scored.documents[1]
     assert (last.score, last.answer) == (0.0, "strict-match 1"), "the strict filter is the task's main one"
     assert last.metrics == {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 1.0}
     assert last.answers == {"strict-match": "strict-match 1", "flexible-extract": "flexible-extract 1"}
@@ -38,7 +38,7 @@ def test_choices_keep_their_log_likelihoods_and_pairs_of_labels_count_as_right_o
     said = [(-2.5, False), (-1.5, True)]
     row = sample(4, "none", answers=said, resps=[[one] for one in said], acc=1.0, f1=(0, 1))
     results = {"results": {"mrpc": {"acc,none": 1.0, "f1,none": 0.0}}, "samples": {"mrpc": [row]}}
-    (one,) = of_results("mrpc", results, split="validation").samples
+    (one,) = of_results("mrpc", results, split="validation").documents
     assert (one.answer, one.loglikelihoods, one.written) == ("1", (-2.5, -1.5), "")
     assert one.metrics == {"acc,none": 1.0, "f1,none": 0.0}
 
@@ -46,7 +46,7 @@ def test_choices_keep_their_log_likelihoods_and_pairs_of_labels_count_as_right_o
 def test_a_rolling_log_likelihood_is_the_document_s_score() -> None:
     row = sample(0, "none", answers=[-12.5], resps=[[-12.5]], word_perplexity=(-12.5, 4))
     results = {"results": {"p": {"word_perplexity,none": 3.0}}, "samples": {"p": [row]}}
-    (one,) = of_results("p", results, split="test").samples
+    (one,) = of_results("p", results, split="test").documents
     assert (one.score, one.loglikelihoods) == (-12.5, (-12.5,))
 
 
@@ -72,6 +72,6 @@ def test_a_task_without_a_number_is_an_error() -> None:
 def test_a_metric_that_is_no_number_on_a_document_is_not_made_one() -> None:
     row = sample(0, "none", answers=["x"], resps=[["x"]], bleu={"a": 1}, exact_match=1.0)
     results = {"results": {"t": {"exact_match,none": 1.0, "bleu,none": 2.0}}, "samples": {"t": [row]}}
-    (one,) = of_results("t", results, split="test").samples
+    (one,) = of_results("t", results, split="test").documents
     assert one.score == 1.0
     assert math.isnan(one.metrics["bleu,none"])
