@@ -17,7 +17,7 @@ from portllm.checkpoint.output import staged_file
 from portllm.checkpoint.provenance import public_name
 from portllm.checkpoint.records import SCHEMA_VERSION, PortRecord, dumps
 from portllm.errors import CheckpointError, EvaluationError, ParamsError
-from portllm.lm.scoring.scored import main_metric
+from portllm.lm.scoring.scored import expect_rows, main_metric
 from portllm.params import RegisterParams
 
 # where more of the metric is better; a patch is never judged by perplexity alone
@@ -136,6 +136,7 @@ def _read(results: Path) -> Mapping[str, Any]:
     known = {"release", "model", "results"}
     if not isinstance(tree, dict) or tree.get("schema_version") != SCHEMA_VERSION or not known <= set(tree):
         raise EvaluationError(f"{results}: not what this portllm's evaluate writes; run portllm evaluate again")
+    expect_rows(tree["results"], results)
     return tree
 
 
