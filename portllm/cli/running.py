@@ -220,9 +220,11 @@ def stage(verb: str, *, name: str, section: Any, opts: Common, always: bool = Fa
     follow_parent()
     root = Path(os.environ.get(DVC_ROOT, "."))
     flat = params.as_tree(section) if section is not None else {}
-    with track(
-        verb, name=name, params=flat, enabled=always or settings.tracking(opts.params_file), root=root
-    ) as tracker:
+    enabled = always or settings.tracking(opts.params_file)
+    with (
+        contextlib.redirect_stdout(sys.stderr),  # what libraries print: stdout is for the verb's answer alone
+        track(verb, name=name, params=flat, enabled=enabled, root=root) as tracker,
+    ):
         running = Stage(verb, settings, tracker)
         yield running
         if opts.cost is not None:

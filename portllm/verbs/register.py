@@ -17,7 +17,7 @@ from portllm.checkpoint.files.output import staged_file
 from portllm.checkpoint.record.provenance import public_name
 from portllm.checkpoint.record.records import SCHEMA_VERSION, PortRecord, dumps
 from portllm.errors import CheckpointError, EvaluationError, ParamsError
-from portllm.lm.scoring.scored import main_metric
+from portllm.lm.scoring.scored import expect_rows, main_metric
 from portllm.params import RegisterParams
 
 # metrics of which more is better; no decision rests on perplexity alone
@@ -156,6 +156,7 @@ def _read(results: Path) -> Mapping[str, Any]:
     keys = {"release", "model", "results"}
     if not isinstance(tree, dict) or tree.get("schema_version") != SCHEMA_VERSION or not keys <= set(tree):
         raise EvaluationError(f"{results}: not results of this version's evaluate; run portllm evaluate again")
+    expect_rows(tree["results"], results)
     return tree
 
 

@@ -180,3 +180,12 @@ def test_an_experiment_registers_without_taking_the_alias(release, monkeypatch, 
     (request,) = version_requests(record, ported)
     assert (request.name, request.alias) == ("portllm-world_boolq", alias)
     assert request.checkpoint == ported / "world_boolq"
+
+
+def test_a_row_without_metrics_is_an_error_that_names_it(release):
+    """issue 8, item 16: it was a KeyError."""
+    broken = row("world_boolq", "ported", 0.9, patch="world_boolq")
+    del broken["metrics"]
+    write(release, [row("world_boolq", "base", 0.5), broken])
+    with pytest.raises(EvaluationError, match=r"v1.json: result 1 \(world_boolq\) has no metrics; run"):
+        register.run(ported=release / "models/ported/v1", results=release / "v1.json", params=RegisterParams())

@@ -16,6 +16,9 @@ JUDGES = ("acc", "exact_match", "word_perplexity", "perplexity", "em", "acc_norm
 # metrics of a document that are (right label, answered label), to be counted over all documents
 COUNTED = ("f1", "mcc")
 
+# of a result in the file of results
+ROW = ("task", "patch", "arm", "patch_task", "patch_fingerprint", "metrics", "samples")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredDocument:
@@ -64,8 +67,7 @@ class ArmScore:
 
     def as_json(self) -> dict[str, Any]:
         """Return the row of the results file; `truncated` is in it only where a prompt was truncated."""
-        names = ("task", "patch", "arm", "patch_task", "patch_fingerprint", "metrics")
-        row = {**{name: getattr(self, name) for name in names}, "samples": len(self.documents)}
+        row = {**{name: getattr(self, name) for name in ROW[:-1]}, "samples": len(self.documents)}
         return {**row, "truncated": self.truncated} if self.truncated else row
 
 
@@ -89,6 +91,24 @@ def main_metric(metrics: Mapping[str, float]) -> str:
     if not metrics:
         raise EvaluationError("the task gives no metric that is a number; nothing can be compared by it")
     return next(iter(metrics))
+
+
+def expect_rows(rows: Any, file: Path) -> None:
+    """Raise EvaluationError unless `rows` are what `file` should hold: results, each with metrics that are numbers."""
+    if not isinstance(rows, list):
+        raise EvaluationError(f"{file}: expected a list of results, found {rows!r:.60}; run portllm evaluate again")
+    for number, row in enumerate(rows):
+        tree = row if isinstance(row, dict) else {}
+        metrics = tree.get("metrics")
+        if missing := [name for name in ROW if name not in tree]:
+            problem = f"has no {missing[0]}"
+        elif not isinstance(metrics, dict) or not metrics:
+            problem = f"has no metrics, but {metrics!r:.60}"
+        elif wrong := [name for name, value in metrics.items() if not _is_metric(name, value)]:
+            problem = f"has {metrics[wrong[0]]!r:.60} as {wrong[0]}, expected a finite number"
+        else:
+            continue
+        raise EvaluationError(f"{file}: result {number} ({tree.get('task')}) {problem}; run portllm evaluate again")
 
 
 def write_samples(path: Path, scores: Sequence[ArmScore]) -> None:

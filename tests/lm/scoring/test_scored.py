@@ -1,14 +1,15 @@
-"""What the harness tells of a task, in our words: every filter's metrics, one row a document."""
+"""The harness's results of a task as ours: every filter's metrics, one row a document; and the file of results."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from portllm.errors import EvaluationError
-from portllm.lm.scoring.scored import main_metric, of_results
+from portllm.lm.scoring.scored import ROW, expect_rows, main_metric, of_results
 
 
 def sample(doc: int, name: str, *, answers: list[Any], resps: list[Any], **metrics: Any) -> dict[str, Any]:
@@ -75,3 +76,29 @@ def test_a_metric_that_is_no_number_on_a_document_is_not_made_one() -> None:
     (one,) = of_results("t", results, split="test").documents
     assert one.score == 1.0
     assert math.isnan(one.metrics["bleu,none"])
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"metrics": None}, "has no metrics, but None"),
+        ({"metrics": {}}, "has no metrics, but {}"),
+        ({"metrics": {"acc,none": "0.5"}}, "has '0.5' as acc,none, expected a finite number"),
+        ({"metrics": {"acc,none": math.nan}}, "has nan as acc,none, expected a finite number"),
+    ],
+)
+def test_a_row_of_the_results_file_without_metrics_is_an_error(
+    tmp_path: Path, change: dict[str, Any], problem: str
+) -> None:
+    """issue 8, item 16: it was a KeyError."""
+    row: dict[str, Any] = {**dict.fromkeys(ROW), "task": "sst2", "metrics": {"acc,none": 1.0}, "samples": 1}
+    expect_rows([row, {**row, "truncated": 3}], tmp_path / "v1.json")
+    with pytest.raises(EvaluationError) as refusal:
+        expect_rows([row, {**row, **change}], tmp_path / "v1.json")
+    assert str(refusal.value).endswith(f"v1.json: result 1 (sst2) {problem}; run portllm evaluate again")
+
+
+@pytest.mark.parametrize("rows", [None, [None], [{}], [{"task": "sst2"}]])
+def test_rows_that_are_none_of_ours_are_an_error(rows: Any) -> None:
+    with pytest.raises(EvaluationError, match="run portllm evaluate again"):
+        expect_rows(rows, Path("v1.json"))
