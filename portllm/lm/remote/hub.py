@@ -7,7 +7,7 @@ import errno
 import fnmatch
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +85,7 @@ class Asked:
         """The files to bring, at the commit the revision stands for now; None when the hub is out of reach."""
         from huggingface_hub.errors import OfflineModeIsEnabled
 
-        from portllm.lm.remote.downloading import Download, Wanted
+        from portllm.lm.remote.downloading import Download, RemoteFile
 
         try:
             info = api().model_info(self.repo, revision=self.revision, files_metadata=True)
@@ -98,15 +98,22 @@ class Asked:
                 raise
             return None
         files = {
-            one.rfilename: Wanted(
-                nbytes=one.size or 0,
-                blob=one.lfs.sha256 if one.lfs else str(one.blob_id),
-                sha256=one.lfs.sha256 if one.lfs else None,
-            )
+            one.rfilename: RemoteFile(nbytes=one.size or 0, sha256=one.lfs.sha256 if one.lfs else None)
             for one in info.siblings or ()
         }
-        chosen = self._chosen(sorted(files), str(info.sha))
-        return Download(self.repo, self.revision or "main", str(info.sha), {name: files[name] for name in chosen})
+        commit = str(info.sha)
+        chosen = {name: files[name] for name in self._chosen(sorted(files), commit)}
+        return Download(self.repo, self.revision, commit, chosen, self._missing(chosen, commit))
+
+    def _missing(self, names: Iterable[str], commit: str) -> frozenset[str]:
+        """Return the files that huggingface_hub would download, by its dry run."""
+        from huggingface_hub import snapshot_download
+
+        from portllm.lm.remote.downloading import exactly, quiet
+
+        with quiet():
+            files = snapshot_download(self.repo, revision=commit, allow_patterns=exactly(names), dry_run=True)
+        return frozenset(file.filename for file in files if file.will_download)
 
     def cached(self) -> Path:
         """What the hub's cache has of it. Raises what the library does where it has not all."""
@@ -242,6 +249,8 @@ def _other_reason(error: BaseException, links: Sequence[BaseException]) -> str:
         return f"the hub {'failed' if status >= 500 else 'refused'} (HTTP {status}); try again later"
     if any(isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT) for link in links):
         return "the disk of the hub's cache is full; free some space, or put the cache elsewhere (HF_HOME)"
+    if any(type(link) is OSError and link.errno is None for link in links):  # the library's own check of the size
+        return "a file did not arrive complete; check the network, then run the same command again"
     said = line(str(error)) or type(error).__name__
     if of_the_network(error):
         return (
