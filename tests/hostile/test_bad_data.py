@@ -85,7 +85,7 @@ MRPC: dict[str, tuple[bytes, str]] = {
     "thousands of digits": (b'{"idx": ' + b"9" * 5000 + b"}\n", "line 1 is not valid JSON"),
     "too deep": (b"[" * 100_000, "is not valid JSON"),
     "a number beyond": (lines(changed(1, idx=2**70)), "column idx"),
-    "all asked": (lines(ASKED), "every one of 4 training rows is asked in evaluation too"),
+    "all asked": (lines(ASKED), "every one of 4 training rows has the question of an evaluation row"),
 }
 
 
@@ -99,7 +99,7 @@ def test_bad_rows_of_a_known_task_are_refused(tmp_path: Path, case: str) -> None
 FILES: dict[str, tuple[str, dict[str, bytes], str]] = {
     "no split to ask": ("mrpc", {"mrpc/train.jsonl": lines(GOOD)}, "has no split validation"),
     "no split to train on": ("mrpc", {"mrpc/validation.jsonl": lines(GOOD)}, "has no split train"),
-    "no data at all": ("mrpc", {"mrpc/notes.md": b"x"}, "holds no data"),
+    "no data at all": ("mrpc", {"mrpc/notes.md": b"x"}, "has no data"),
     "a misspelt name": (  # issue 8, item 14
         "tickts",
         {"tickets.jsonl": lines(OWN)},
@@ -128,7 +128,7 @@ FILES: dict[str, tuple[str, dict[str, bytes], str]] = {
         {"own.jsonl": lines([{"q": "a", "a": "b"}])},
         "expected the columns prompt and completion",
     ),
-    "too few to split": ("own", {"own.jsonl": lines(OWN[:2])}, "too few to set 1 apart twice"),
+    "too few to split": ("own", {"own.jsonl": lines(OWN[:2])}, "too few to hold 1 out twice"),
     "one thing asked": ("own", {"own.jsonl": lines([{**OWN[0], "completion": str(n)} for n in range(9)])}, "too few"),
     "nothing said": ("own", {"own.jsonl": lines([{"prompt": "a", "completion": " "}])}, "none of 1 rows"),
     "odd file names": (
@@ -238,7 +238,7 @@ def test_a_training_row_that_is_asked_is_taken_out_of_a_known_task(tmp_path: Pat
 
 def test_a_path_that_cannot_be_looked_at_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    refused(tmp_path, prepare("x" * 300, tmp_path / "data"), "cannot be looked at (File name too long)")
+    refused(tmp_path, prepare("x" * 300, tmp_path / "data"), "cannot be read (File name too long)")
 
 
 @pytest.mark.parametrize("name", ["sst2", "own"])
@@ -268,7 +268,7 @@ def test_a_label_in_csv_that_is_no_small_number_is_refused(tmp_path: Path, label
 def test_what_parquet_cannot_hold_is_refused(tmp_path: Path) -> None:
     rows = [{**row, "more": {}} for row in GOOD]
     data = lay(tmp_path, {"mrpc/train.jsonl": lines(rows), "mrpc/validation.jsonl": lines(ASKED)})
-    refused(tmp_path, prepare("mrpc", data), "train: parquet cannot hold it")
+    refused(tmp_path, prepare("mrpc", data), "train: parquet cannot store it")
 
 
 @pytest.mark.parametrize("messages", [["hi", "there"], [{"role": ["user"], "content": "hello"}]])

@@ -1,4 +1,4 @@
-"""The columns of the paper's seven tasks, as the hub has them and as the harness wants them."""
+"""The columns of the paper's seven tasks, on the hub and in the harness."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEVEN = ("boolq", "sst2", "mrpc", "rte", "wnli", "winogrande", "gsm8k")
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Columns of text, a column of labels 0 to `labels`-1, and a column that holds one of a few words."""
+    """The columns of a task: text, `label` from 0 to `labels`-1, and columns with one of a few words."""
 
     text: tuple[str, ...]
     labels: int = 0
@@ -39,31 +39,31 @@ KNOWN: Mapping[str, Columns] = {
 
 
 def fit(name: str, table: Table, *, where: str) -> Table:
-    """`table` in the columns the harness's task wants; a table of a task that is not known stays as it is.
+    """Return `table` in the columns of the harness's task; a table of an unknown task stays as it is.
 
-    google/boolq's `answer` becomes super_glue's `label` (and `idx` is added); labels written as text (CSV) become
-    numbers. Raises DataError for a missing column, a null, a type or a label the task does not have.
+    google/boolq's `answer` becomes super_glue's `label` (and `idx` is added); labels in text form (CSV) become
+    numbers. Raises DataError for a missing column, a null, a wrong type or label.
     """
     if name not in KNOWN:
         return table
-    known = KNOWN[name]
+    task = KNOWN[name]
     table = _boolq(table) if name == "boolq" else table
-    wanted = [*known.text, *(["label"] if known.labels else []), *(known.words or {})]
-    if missing := [column for column in wanted if column not in table.column_names]:
+    expected = [*task.text, *(["label"] if task.labels else []), *(task.words or {})]
+    if missing := [column for column in expected if column not in table.column_names]:
         found = ", ".join(table.column_names)
-        raise DataError(f"{where}: lacks the column {missing[0]}; {name} has {', '.join(wanted)}, found {found}")
-    for column in (*known.text, *(known.words or {})):
+        raise DataError(f"{where}: lacks the column {missing[0]}; {name} has {', '.join(expected)}, found {found}")
+    for column in (*task.text, *(task.words or {})):
         expect_text(table, column, where)
-    for column, words in (known.words or {}).items():
+    for column, words in (task.words or {}).items():
         _expect_one_of(table, column, words, where)
-    if known.labels:
+    if task.labels:
         table = _numbers(table, "label")
-        _expect_label(table, known.labels, where)
+        _expect_label(table, task.labels, where)
     return table
 
 
-def mending(name: str, path: Path) -> dict[str, Any]:
-    """What a definition needs to read `path` as it is: google/boolq's `answer` in the place of super_glue's `label`."""
+def adaptation(name: str, path: Path) -> dict[str, Any]:
+    """Return the fields that let a definition read `path` as it is, with boolq's `answer` in place of `label`."""
     import pyarrow.parquet as pq
 
     if name != "boolq" or path.suffix != ".parquet" or "label" in pq.ParquetFile(path).schema_arrow.names:
@@ -72,12 +72,12 @@ def mending(name: str, path: Path) -> dict[str, Any]:
 
 
 def _labelled(rows: Any) -> Any:
-    """The harness's rows with a label where there is an answer, true or false."""
+    """Return the harness's rows with a label derived from the answer, true or false."""
     return rows.add_column("label", [int(answer) for answer in rows["answer"]]) if "answer" in rows.features else rows
 
 
 def expect_text(table: Table, column: str, where: str) -> None:
-    """Raise DataError where a value of `column` is no text."""
+    """Raise DataError where a value of `column` is not text."""
     for number, value in enumerate(table.column(column).to_pylist()):
         if not isinstance(value, str):
             raise DataError(f"{where}: row {number}: {column} is {_shown(value)}, expected text")
@@ -90,10 +90,10 @@ def _boolq(table: Table) -> Table:
     if "label" in names or "answer" not in names:
         return table
     answers = table.column("answer").to_pylist()
-    told = {True: 1, False: 0, "true": 1, "false": 0, "True": 1, "False": 0}
-    labels = [told.get(answer, answer) if isinstance(answer, (bool, str)) else answer for answer in answers]
+    labels_of = {True: 1, False: 0, "true": 1, "false": 0, "True": 1, "False": 0}
+    labels = [labels_of.get(answer, answer) if isinstance(answer, (bool, str)) else answer for answer in answers]
     if not all(isinstance(label, int) for label in labels):
-        return table  # as it is: the check that follows says what is wrong
+        return table  # unchanged: the check that follows raises the error
     kept = table.drop_columns(["answer"])
     rows = pa.array(range(table.num_rows), pa.int32())
     kept = kept if "idx" in names else kept.append_column("idx", rows)
@@ -101,7 +101,7 @@ def _boolq(table: Table) -> Table:
 
 
 def _plain(table: Table) -> Table:
-    # the hub's note on the columns would no longer be true
+    # the hub's metadata about the columns no longer applies
     return table.replace_schema_metadata(None)
 
 

@@ -1,4 +1,4 @@
-"""Real text a release is trained on: plain text and instruction data, rendered in one documented form.
+"""Real text to train a release on: plain text and instruction data, rendered in one documented form.
 
     columns                               rendered as
     instruction, input, output            ### Instruction: … ### Input: … ### Response: … (Alpaca, AlpacaGPT4, Platypus)
@@ -7,8 +7,8 @@
     text                                  as it is
     those of one of the seven tasks       its text, one column a line, without the labels
 
-A heading stands on a line of its own, its text below it, a blank line between the parts; a part without text is left
-out. A text file holds documents parted by blank lines. Sources joined by + are read one after the other, all of them.
+A heading has a line of its own, its text follows it, a blank line separates the parts; a part without text is left
+out. A text file has documents separated by blank lines. Sources joined by + are read one after the other, completely.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portllm.errors import DataError
-from portllm.lm.data import columns, own, own_rows, sources, splitting, tables
+from portllm.lm.data import columns, own, preparing, sources, tables
 from portllm.lm.data.preparing import TEST, TRAIN, Prepared
 
 if TYPE_CHECKING:
@@ -41,61 +41,61 @@ Parts = Sequence[tuple[str, str | None]]
 
 
 def corpus(release: str, recipe: CorpusParams, data: Path, seed: int) -> Prepared:
-    """The texts of `release`: `recipe.rows` of its source to train on, `recipe.test_rows` held out; column `text`.
+    """Return the texts of `release`, column `text`: `recipe.rows` to train on, `recipe.test_rows` held out.
 
-    The source is a folder or file under `data`, a known name, or a dataset of the hub, or several joined by `+`, of
+    The source is a folder or file in `data`, a known name, or a dataset of the hub, or several joined by `+`, of
     which the training splits are read. Raises DataError.
     """
     loaded, decisions, texts = _read(recipe, data, seed)
     mark = f"{seed}:corpus_{release}"
     test = texts.get(TEST, [])
     if TEST in texts:
-        test = [test[i] for i in splitting.sample(len(test), recipe.test_rows, f"{mark}:test")]
+        test = [test[i] for i in preparing.sample(len(test), recipe.test_rows, f"{mark}:test")]
         train = texts[TRAIN]
     else:
         train, test = _apart(texts[TRAIN], recipe, mark)
-    asked = {splitting.key(text) for text in test}
-    kept = splitting.without([splitting.key(text) for text in train], asked)
+    asked = {preparing.key(text) for text in test}
+    kept = preparing.without([preparing.key(text) for text in train], asked)
     decisions["overlap"] = len(train) - len(kept)
-    chosen = [train[kept[i]] for i in splitting.sample(len(kept), recipe.rows, f"{mark}:train")]
+    chosen = [train[kept[i]] for i in preparing.sample(len(kept), recipe.rows, f"{mark}:train")]
     if not chosen:
-        raise DataError(f"{recipe.source}: no text is left to train {release} on; give more, or hold fewer rows out")
+        raise DataError(f"{recipe.source}: no text is left to train {release} on; give more text, or lower test_rows")
     decisions["beyond_limit"] += len(kept) - len(chosen)
-    decisions["duplicates"] = splitting.repeats(chosen)
+    decisions["duplicates"] = preparing.repeats(chosen)
     splits = {TRAIN: _column(chosen), **({TEST: _column(test)} if test else {})}
     counted = {name: count for name, count in sorted(decisions.items()) if count}
     return Prepared(splits=splits, origin=loaded, decisions=counted)
 
 
 def joined(source: str) -> list[str]:
-    """The sources that `source` joins. Raises DataError where one has no name or stands there twice."""
+    """Return the sources that `source` joins. Raises DataError where one has no name or occurs twice."""
     names = source.split(JOINED)
     if odd := [name for name in names if not name or names.count(name) > 1]:
-        what = f"{odd[0]} stands there twice" if odd[0] else "one of them has no name"
+        what = f"{odd[0]} occurs twice" if odd[0] else "one of them has no name"
         raise DataError(f"{source}: expected sources joined by {JOINED}, each once, found that {what}")
     return names
 
 
 def documents(table: Table, where: str, decisions: Counter[str]) -> list[str]:
-    """Every row of `table` as text, its form told by its columns; rows without text are left out and counted (`empty`).
+    """Return every row of `table` as text, in the form of its columns; rows without text are only counted (`empty`).
 
-    Raises DataError where the columns are of no known form, or a value is no text.
+    Raises DataError where the columns have no known form, or a value is not text.
     """
     render = _form(table, where)
     rows = table.to_pylist()
     texts = [render(row, f"{where}: row {number}") for number, row in enumerate(rows)]
     kept = [text for text in texts if text.strip()]
     decisions["empty"] += len(texts) - len(kept)
-    decisions["message_keys_not_used"] += own_rows.unused_keys(row.get(_chat(table)) for row in rows)
+    decisions["message_keys_not_used"] += own.unused_keys(row.get(_chat(table)) for row in rows)
     if not kept:
         raise DataError(f"{where}: none of {len(texts)} rows has any text")
     return kept
 
 
 def _read(recipe: CorpusParams, data: Path, seed: int) -> tuple[sources.Loaded, Counter[str], dict[str, list[str]]]:
-    """Where the texts come from, what was decided about them, and the texts of each split."""
+    """Return the origin of the texts, the decisions about them, and the texts of each split."""
     names = joined(recipe.source)
-    # of several, each would hold out as it likes: what is held out is chosen from the training splits of all
+    # several sources have no common test split: rows are held out of the training splits of all
     wanted = (TRAIN, TEST) if len(names) == 1 else (TRAIN,)
     revisions = _revisions(recipe, names)
     each = {
@@ -121,14 +121,14 @@ def _read(recipe: CorpusParams, data: Path, seed: int) -> tuple[sources.Loaded, 
 
 
 def _revisions(recipe: CorpusParams, names: Sequence[str]) -> dict[str, str | None]:
-    """The revision of each source, in the form that dataset.json tells it: joined as they are, '' for none."""
+    """Return the revision of each source from the form in dataset.json: joined like the sources, '' for none."""
     if len(names) == 1 or recipe.revision is None:
         return dict.fromkeys(names, recipe.revision)
     given = recipe.revision.split(JOINED)
     if len(given) != len(names):
         raise DataError(
-            f"{recipe.source}: joins {len(names)} sources, revision {recipe.revision} is of {len(given)}; give one for "
-            f"each, joined by {JOINED}, nothing for files or what is newest"
+            f"{recipe.source}: joins {len(names)} sources, revision {recipe.revision} has {len(given)}; give one for "
+            f"each, joined by {JOINED}, nothing for files or the latest commit"
         )
     return {name: revision or None for name, revision in zip(names, given, strict=True)}
 
@@ -146,28 +146,28 @@ def _load(recipe: CorpusParams, data: Path, wanted: Sequence[str], seed: int) ->
     if "/" not in repo:
         raise DataError(
             f"{recipe.source}: neither in {data} nor a known corpus ({', '.join(KNOWN)}) nor a dataset of the hub "
-            "(OWNER/NAME); put its files there, or mend prepare.corpora"
+            "(OWNER/NAME); put its files there, or correct prepare.corpora"
         )
     rows = recipe.rows + recipe.test_rows if recipe.rows else 0
     return sources.hub(
-        repo, None, [TRAIN], recipe.revision, choose=lambda count: splitting.sample(count, rows, f"{seed}:{repo}")
+        repo, None, [TRAIN], recipe.revision, choose=lambda count: preparing.sample(count, rows, f"{seed}:{repo}")
     )
 
 
 def _apart(texts: Sequence[str], recipe: CorpusParams, mark: str) -> tuple[list[str], list[str]]:
-    """(the texts to train on, those held out by chance)."""
+    """Return the texts to train on, and those held out at random."""
     if 2 * recipe.test_rows > len(texts):
         raise DataError(
-            f"{recipe.source}: has {len(texts)} texts, {recipe.test_rows} are to be held out; "
+            f"{recipe.source}: has {len(texts)} texts, expected at least twice test_rows, {recipe.test_rows}; "
             "lower test_rows to less than half"
         )
-    held = set(splitting.sample(len(texts), recipe.test_rows, f"{mark}:test")) if recipe.test_rows else set()
+    held = set(preparing.sample(len(texts), recipe.test_rows, f"{mark}:test")) if recipe.test_rows else set()
     train = [text for number, text in enumerate(texts) if number not in held]
     return train, [texts[number] for number in sorted(held)]
 
 
 def _form(table: Table, where: str) -> Callable[[Mapping[str, Any], str], str]:
-    """How a row is rendered; instruction data before `text`, which some carry as well."""
+    """Return the function that renders a row; instruction data precede `text`, which some have as well."""
     names = set(table.column_names)
     if {"instruction", "output"} <= names:
         return lambda row, at: _instruction(row, at)
@@ -176,12 +176,14 @@ def _form(table: Table, where: str) -> Callable[[Mapping[str, Any], str], str]:
             [("system", row.get("system_prompt")), ("user", row["question"]), ("assistant", row["response"])], at
         )
     if column := _chat(table):
-        return lambda row, at: _parts([(one["role"], one["content"]) for one in own_rows.messages(row[column], at)], at)
+        return lambda row, at: _parts([(one["role"], one["content"]) for one in own.messages(row[column], at)], at)
     if tables.TEXT in names:
         return lambda row, at: _checked(row[tables.TEXT], at) or ""
-    # the task with most of its text here: sst2's only column is one of winogrande's
-    if told := max((task.text for task in columns.KNOWN.values() if names.issuperset(task.text)), key=len, default=()):
-        return lambda row, at: "\n".join(_checked(row[column], at) or "" for column in told)
+    # the task with the most columns of text here: sst2's only column is one of winogrande's
+    if names_of_text := max(
+        (task.text for task in columns.KNOWN.values() if names.issuperset(task.text)), key=len, default=()
+    ):
+        return lambda row, at: "\n".join(_checked(row[column], at) or "" for column in names_of_text)
     raise DataError(
         f"{where}: expected the columns text; instruction and output; question and response; messages; or a task's; "
         f"found {', '.join(table.column_names)}"
@@ -189,11 +191,11 @@ def _form(table: Table, where: str) -> Callable[[Mapping[str, Any], str], str]:
 
 
 def _chat(table: Table) -> str:
-    """The column of chats; "" where the rows are of another form."""
+    """Return the column of chats; "" where the rows have another form."""
     names = set(table.column_names)
     if {"instruction", "output"} <= names or {"question", "response"} <= names:
         return ""
-    return next((column for column in (own.MESSAGES, own_rows.CONVERSATIONS) if column in names), "")
+    return next((column for column in (own.MESSAGES, own.CONVERSATIONS) if column in names), "")
 
 
 def _instruction(row: Mapping[str, Any], where: str) -> str:
@@ -201,16 +203,16 @@ def _instruction(row: Mapping[str, Any], where: str) -> str:
 
 
 def _parts(parts: Parts, where: str) -> str:
-    """The parts with their headings; nothing at all where there is no answer."""
-    told = [(speaker, (_checked(text, where) or "").strip()) for speaker, text in parts]
-    if not any(text for speaker, text in told if speaker == "assistant"):
+    """Return the parts with their headings; an empty text where there is no answer."""
+    texts = [(speaker, (_checked(text, where) or "").strip()) for speaker, text in parts]
+    if not any(text for speaker, text in texts if speaker == "assistant"):
         return ""
-    return "\n\n".join(f"{_HEADINGS[speaker]}\n{text}" for speaker, text in told if text)
+    return "\n\n".join(f"{_HEADINGS[speaker]}\n{text}" for speaker, text in texts if text)
 
 
 def _checked(text: Any, where: str) -> str | None:
     if text is not None and not isinstance(text, str):
-        raise DataError(f"{where} holds {text!r:.60}, expected text")
+        raise DataError(f"{where} has {text!r:.60}, expected text")
     return text
 
 

@@ -1,4 +1,4 @@
-"""Where a dataset's rows come from: files of the user's, or the hub at one commit."""
+"""The source of a dataset's rows: the user's files, or the hub at one commit."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 LOCAL = "local"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FILES = "give the data as files with --data DIR"
-# one file's rows, whatever split they are
+# the split of a single file's rows
 WHOLE = "train"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """The splits of a dataset as they were found, and what a record says of where."""
+    """The splits of a dataset as they are in their source, and the source as a record states it."""
 
     splits: Mapping[str, Table]
     source: str
@@ -36,7 +36,7 @@ class Loaded:
 
 
 def here(data: Path, name: str) -> bool:
-    """Whether DATA has a folder or a file of that name. Raises DataError where it cannot be looked at."""
+    """Return whether DATA has a folder or a file of that name. Raises DataError where it cannot be read."""
     try:
         return (data / name).is_dir() or any(_beside(data, name))
     except OSError as error:
@@ -55,7 +55,7 @@ def names(data: Path) -> set[str]:
 
 
 def local(data: Path, name: str, splits: Sequence[str] | None = None) -> Loaded:
-    """The files DATA/<name>/<split>.<ending> of the named splits (None: of all), or DATA/<name>.<ending> as one split.
+    """Read the files DATA/<name>/<split>.<ending> of the named splits (None: all), or DATA/<name>.<ending> as train.
 
     Raises DataError when a split has several files, or none of the files can be read.
     """
@@ -70,7 +70,7 @@ def local(data: Path, name: str, splits: Sequence[str] | None = None) -> Loaded:
     return Loaded(
         splits={split: read.table for split, (_, read) in reads.items()},
         source=LOCAL,
-        files={_told(path, data): read.digest for path, read in reads.values()},
+        files={_recorded_name(path, data): read.digest for path, read in reads.values()},
         decisions={k: v for k, v in (("files_not_used", unused), ("byte_order_marks", marks)) if v},
     )
 
@@ -84,9 +84,9 @@ def hub(
     choose: Callable[[int], Sequence[int]] | None = None,
     **settings: Any,
 ) -> Loaded:
-    """Splits of a dataset of the hub at one commit: `revision`, or what it stands for now.
+    """Read splits of a dataset of the hub at one commit: `revision`, or the commit that it currently stands for.
 
-    `choose` names the rows to keep out of so many; the others, counted, never come into memory. Raises DataError.
+    `choose` maps the number of rows to the rows to keep; the others are counted and not loaded. Raises DataError.
     """
     import datasets
 
@@ -105,28 +105,28 @@ def hub(
 
 
 def _check_commit(rows: Any, repo: str, commit: str) -> None:
-    """Where the hub is out of reach or refuses, `datasets` takes its latest copy, of whatever commit: not for us."""
+    """Raise DataError for another commit: where the hub fails, `datasets` loads its latest local copy of any."""
     if others := {Path(file["filename"]).parent.name for file in rows.cache_files} - {commit}:
         raise DataError(
-            f"{repo}: the hub did not give commit {commit[:12]}, and the latest copy on this machine is of "
-            f"{min(others)[:12]}; see that the hub can be reached and lets you in, or {FILES}"
+            f"{repo}: expected commit {commit[:12]} from the hub, found only a local copy of "
+            f"{min(others)[:12]}; check the network and your access to it, or {FILES}"
         )
 
 
 def resolve(repo: str, revision: str | None) -> str:
-    """The commit that `revision` (None: the default branch) of a hub's dataset stands for. Raises DataError."""
+    """Return the commit of `revision` (None: the default branch) of a dataset of the hub. Raises DataError."""
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     with _reasons(repo if revision is None else f"{repo}@{revision}"):
         sha = refusals.api().dataset_info(repo, revision=revision).sha
     if not sha:
-        raise DataError(f"{repo}: the hub names no commit for {revision or 'its default branch'}; pin a revision")
+        raise DataError(f"{repo}: the hub has no commit for {revision or 'its default branch'}; pin a revision")
     return str(sha)
 
 
 @contextlib.contextmanager
 def _reasons(what: str) -> Iterator[None]:
-    """Whatever the hub's libraries raise inside becomes one DataError that says what, and what to do."""
+    """Convert every error of the hub's libraries into one DataError with the cause and the next step."""
     try:
         yield
     except Exception as error:
@@ -136,37 +136,37 @@ def _reasons(what: str) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     from huggingface_hub import errors
 
-    links = list(refusals.chain(error))
-    known = {
+    causes = list(refusals.chain(error))
+    reasons = {
         errors.GatedRepoError: "gated; accept its terms on the hub, then log in with `hf auth login`",
         errors.RevisionNotFoundError: "the dataset has no such revision; see its branches on the hub",
-        errors.RepositoryNotFoundError: f"no dataset of the hub that you can see; log in, or {FILES}",
+        errors.RepositoryNotFoundError: f"no such dataset of the hub, or no access to it; log in, or {FILES}",
         errors.OfflineModeIsEnabled: f"the hub is out of reach (HF_HUB_OFFLINE); unset that, or {FILES}",
     }
-    for kind, text in known.items():
-        if any(isinstance(link, kind) for link in links):
+    for kind, text in reasons.items():
+        if any(isinstance(cause, kind) for cause in causes):
             return text
-    if any("gated dataset" in str(link) for link in links):  # how `datasets` tells it
-        return known[errors.GatedRepoError]
-    said = refusals.line(str(error)) or type(error).__name__
-    if refusals.of_the_network(error) or any(isinstance(link, ConnectionError) for link in links):
-        return f"the hub cannot be reached ({said}); check the network, or {FILES}"
-    return f"cannot be had ({said}); check its name and splits, or {FILES}"
+    if any("gated dataset" in str(cause) for cause in causes):  # the only sign that `datasets` gives
+        return reasons[errors.GatedRepoError]
+    text = refusals.line(str(error)) or type(error).__name__
+    if refusals.of_the_network(error) or any(isinstance(cause, ConnectionError) for cause in causes):
+        return f"the hub cannot be reached ({text}); check the network, or {FILES}"
+    return f"cannot be loaded ({text}); check its name and splits, or {FILES}"
 
 
 def splits(data: Path, name: str) -> list[str]:
-    """The splits that DATA has files of under that name. Raises DataError for none."""
+    """Return the splits that DATA has files of under that name. Raises DataError for none."""
     return list(_files(data, name))
 
 
-def _told(path: Path, data: Path) -> str:
-    """A file's name in a record: its path under DATA, or outside of it (`name` may be a path) its folder and name."""
-    # data and name are never resolved: a record does not say how a machine's folders are linked
+def _recorded_name(path: Path, data: Path) -> str:
+    """Return a file's name in a record: its path in DATA or, outside of it (`name` may be a path), folder and name."""
+    # data and name are not resolved: a record does not depend on the links between a machine's folders
     return path.relative_to(data).as_posix() if path.is_relative_to(data) else f"{path.parent.name}/{path.name}"
 
 
 def _files(data: Path, name: str) -> dict[str, list[Path]]:
-    """Return the files of each split. An empty folder does not hide the file next to it; two with data are refused."""
+    """Return the files of each split; an empty folder does not hide the file next to it. Raises DataError."""
     folder, files = data / name, _beside(data, name)
     inside = _inside(folder)
     if inside and files:
@@ -177,7 +177,7 @@ def _files(data: Path, name: str) -> dict[str, list[Path]]:
     if files:
         return {WHOLE: files}
     if folder.is_dir():
-        raise DataError(f"{folder}: holds no data; expected <split> with one of {', '.join(tables.ENDINGS)}")
+        raise DataError(f"{folder}: has no data; expected <split> with one of {', '.join(tables.ENDINGS)}")
     raise DataError(f"{data}: has neither {name}/ nor {name} with one of {', '.join(tables.ENDINGS)}")
 
 
@@ -194,7 +194,7 @@ def _beside(data: Path, name: str) -> list[Path]:
 
 
 def _unseen(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path}: cannot be looked at ({error.strerror}); check the path and its permissions")
+    return DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions")
 
 
 def _names(paths: Sequence[Path]) -> str:

@@ -1,6 +1,6 @@
-"""The LM Evaluation Harness's own task definitions, found by name without reading all of them.
+"""The LM Evaluation Harness's own task definitions, located by name without parsing all of them.
 
-The harness's index parses some 14,000 files (18 s here); one definition is found by its `task:` line in about one.
+The harness's index parses some 14,000 files in 18 s; the search for one `task:` line takes about one second.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from portllm.world import datasets
 _NAME = re.compile(rb"^[\"']?task[\"']?:[ \t]*[\"']?([^\s\"'#\[\]{}]+)[\"']?[ \t]*(?:#.*)?\r?$", re.MULTILINE)
 _FIELD = r"^[\"']?{field}[\"']?:[ \t]*[\"']?([^\s\"'#]+)[\"']?"
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
-_CHAIN = 8  # files that include files: none in the harness is longer
+_CHAIN = 8  # the longest chain of included files in the harness is shorter
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """A task as a list shows it."""
+    """A task in a list."""
 
     task: str
     output_type: str
@@ -45,7 +45,7 @@ def definition(name: str, others: Iterable[str] = ()) -> dict[str, Any]:
     config: dict[str, Any] = load_yaml(path)
     if "class" in config:
         raise EvaluationError(
-            f"{name}: the harness defines it in code, which reads its own data; expected a task defined by a template"
+            f"{name}: expected a task defined by a template, found one defined in code, which reads its own data"
         )
     for key in ("tag", "group", "task_list"):
         config.pop(key, None)
@@ -53,32 +53,32 @@ def definition(name: str, others: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def unknown(name: str, others: Iterable[str] = ()) -> EvaluationError:
-    """Return the error for a name that is no task, with the nearest of `others` (a user's own), the world's, ours."""
+    """Return the error for an unknown task, with the nearest name: of `others`, the world's or the harness's."""
     near = nearest(name, [*others, *datasets.TASKS]) or nearest(name, (one for one, _ in names()), cutoff=0.7)
-    own = "of a group, name its tasks one by one (`portllm tasks --all`); your own data come with --data DIR"
+    own = "for a group, pass its tasks one by one (`portllm tasks --all`); for your own data, pass --data DIR"
     hint = f"did you mean {near}?" if near else own
     return EvaluationError(f"{name}: no such task in the LM Evaluation Harness nor in the embedded world; {hint}")
 
 
 @functools.cache
 def find(name: str) -> Path | None:
-    """The harness's file that defines the task `name`; None where there is none."""
+    """Return the harness's file that defines the task `name`; None where there is none."""
     files = list(_files())
-    # most tasks live in a folder or file of their name
+    # the folder or file of most tasks has their name
     files.sort(key=lambda path: not any(part and part in path.as_posix() for part in (name, name.partition("_")[0])))
     wanted = name.encode()
     return next((path for path in files if wanted in _NAME.findall(path.read_bytes())), None)
 
 
 def names() -> Iterator[tuple[str, Path]]:
-    """Every task of the harness with the file that defines it."""
+    """Yield every task of the harness with the file that defines it."""
     for path in _files():
         for found in _NAME.findall(path.read_bytes()):
             yield found.decode("utf-8", "replace"), path
 
 
 def listing() -> list[Listed]:
-    """Every task of the harness, sorted by name, as its files say; tasks defined in code say nothing of themselves."""
+    """Return every task of the harness, sorted by name, from its files; those defined in code have no fields there."""
     listed = []
     for name, path in names():
         kind = _field("output_type", path) or "generate_until"
@@ -88,7 +88,7 @@ def listing() -> list[Listed]:
 
 
 def splits(config: Mapping[str, Any]) -> dict[str, str]:
-    """The splits a definition names, by the field that names them."""
+    """Return the splits that a definition names, by field."""
     named = {field: config[field] for field in SPLITS if config.get(field)}
     few = config.get("fewshot_config")
     if isinstance(few, Mapping) and few.get("split"):
@@ -97,7 +97,7 @@ def splits(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def asked_split(config: Mapping[str, Any]) -> str:
-    """The split a task is evaluated on: its test split, else its validation split. Raises EvaluationError."""
+    """Return the split that a task is evaluated on: test, else validation. Raises EvaluationError."""
     split = config.get("test_split") or config.get("validation_split")
     if not split:
         raise EvaluationError(f"{config.get('task')}: its definition names no test or validation split to evaluate on")
@@ -105,7 +105,7 @@ def asked_split(config: Mapping[str, Any]) -> str:
 
 
 def _field(field: str, path: Path, depth: int = 0) -> str | None:
-    """A plain field of a task file, or of the file it includes."""
+    """Return a plain field of a task file, or of the file that it includes."""
     text = path.read_text(encoding="utf-8", errors="replace")
     if found := re.search(_FIELD.format(field=field), text, re.MULTILINE):
         return found[1]
@@ -117,7 +117,7 @@ def _field(field: str, path: Path, depth: int = 0) -> str | None:
 
 @functools.cache
 def _files() -> tuple[Path, ...]:
-    # where lm_eval is, without importing it
+    # the location of lm_eval, without importing it
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
         raise EvaluationError("the LM Evaluation Harness is not installed; install it with `pip install lm-eval[hf]`")

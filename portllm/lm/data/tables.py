@@ -1,4 +1,4 @@
-"""Tables as people bring them (parquet, jsonl, csv, plain text), read strictly: what is wrong has a line number."""
+"""Tables in files (parquet, jsonl, csv, plain text), read strictly: an error names the line."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 ENDINGS = (".parquet", ".jsonl", ".csv", ".txt")
 TEXT = "text"
-_LONGEST_FIELD = 1 << 30  # bytes; csv's own limit of 128 KiB is shorter than many a text
+_LONGEST_FIELD = 1 << 30  # bytes; the csv module's own limit is 128 KiB, less than many texts have
 
 
 @dataclass(frozen=True)
 class Read:
-    """A file's rows, its sha256, and how many byte order marks were taken off its beginning (0 or 1)."""
+    """A file's rows, its digest, and the number of byte order marks removed from its start (0 or 1)."""
 
     table: Table
     digest: str
@@ -32,7 +32,7 @@ class Read:
 
 
 def read(path: Path) -> Read:
-    """The rows of a file, by its ending. Raises DataError for what is broken, ragged, not UTF-8 or without rows."""
+    """Read a file by its ending. Raises DataError where it is broken, ragged, not UTF-8 or without rows."""
     readers = {".parquet": _parquet, ".jsonl": _jsonl, ".csv": _csv, ".txt": _documents}
     reader = readers.get(path.suffix)
     if reader is None:
@@ -45,36 +45,36 @@ def read(path: Path) -> Read:
     if not table.num_rows:
         raise DataError(f"{path}: has no rows; expected at least one")
     names = table.column_names
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"{path}: has two columns named {twice[0]}; rename one")
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{path}: has two columns named {repeated[0]}; rename one")
     return Read(table, digest, marks)
 
 
 def write(path: Path, table: Table) -> None:
-    """`table` as parquet; the same table gives the same bytes. Raises DataError for what parquet cannot hold."""
+    """Write `table` as parquet; equal tables give equal bytes. Raises DataError where parquet cannot store it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         pq.write_table(table, path, compression="zstd")
     except pa.ArrowException as error:
-        # objects without a key, say
-        raise DataError(f"{path.stem}: parquet cannot hold it ({first_line(error)}); leave the column out") from error
+        # such as objects without a key
+        raise DataError(f"{path.stem}: parquet cannot store it ({first_line(error)}); leave the column out") from error
 
 
 def of_rows(rows: Sequence[Mapping[str, Any]], *, where: str) -> Table:
-    """Rows as a table: a column lacking in a row is null there. Raises DataError when a column mixes types."""
+    """Return rows as a table; a missing value is null. Raises DataError where a column mixes types."""
     import pyarrow as pa
 
     columns = dict.fromkeys(name for row in rows for name in row)
-    made = {}
+    arrays = {}
     for name in columns:
         values = [row.get(name) for row in rows]
         try:
-            made[name] = pa.array(values)
+            arrays[name] = pa.array(values)
         except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
             raise DataError(f"{where}: {_odd_one(name, values, error)}") from error
-    return pa.table(made)
+    return pa.table(arrays)
 
 
 def _parquet(path: Path) -> tuple[Table, int]:
@@ -83,7 +83,7 @@ def _parquet(path: Path) -> tuple[Table, int]:
 
     try:
         table = pq.ParquetFile(path).read()
-        table.validate(full=True)  # text that is no UTF-8, say
+        table.validate(full=True)  # such as text that is not UTF-8
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
@@ -117,15 +117,15 @@ def _csv(path: Path) -> tuple[Table, int]:
                 )
             rows += [row] if row else []
     except csv.Error as error:
-        raise DataError(f"{path}: line {reader.line_num} is not valid CSV ({error}); mend it") from error
-    if twice := [name for name in header if header.count(name) > 1]:
-        raise DataError(f"{path}: has two columns named {twice[0]}; rename one")
+        raise DataError(f"{path}: line {reader.line_num} is not valid CSV ({error}); correct it") from error
+    if repeated := [name for name in header if header.count(name) > 1]:
+        raise DataError(f"{path}: has two columns named {repeated[0]}; rename one")
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(header)
     return pa.table({n: pa.array(column, pa.string()) for n, column in zip(header, columns, strict=True)}), marks
 
 
 def _documents(path: Path) -> tuple[Table, int]:
-    """Plain text: documents parted by blank lines."""
+    """Read plain text: documents separated by blank lines."""
     import pyarrow as pa
 
     text, marks = _text(path)
@@ -144,7 +144,7 @@ def _text(path: Path) -> tuple[str, int]:
 
 
 def _lines(path: Path) -> tuple[Iterator[tuple[int, str]], int]:
-    """(the lines with their numbers, from 1; whether a byte order mark was taken off)."""
+    """Return the lines with their numbers, from 1, and whether a byte order mark was removed."""
     data = path.read_bytes()
     mark = data.startswith(codecs.BOM_UTF8)
     return _decoded(data.removeprefix(codecs.BOM_UTF8), path), int(mark)
@@ -162,16 +162,16 @@ def _decoded(data: bytes, path: Path) -> Iterator[tuple[int, str]]:
 def _object(line: str, where: str) -> dict[str, Any]:
     def distinct(items: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in items]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise DataError(f"{where} has the key {twice[0]!r} twice; keep one")
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{where} has the key {repeated[0]!r} twice; keep one")
         return dict(items)
 
-    def never(constant: str) -> float:
-        raise DataError(f"{where} holds {constant}, which is no JSON; leave it out")
+    def refuse(constant: str) -> float:
+        raise DataError(f"{where} holds {constant}, which is not JSON; leave it out")
 
     try:
-        row = json.loads(line, object_pairs_hook=distinct, parse_constant=never)
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
+        row = json.loads(line, object_pairs_hook=distinct, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of thousands of digits
         raise DataError(f"{where} is not valid JSON ({first_line(error)}); a row is one object on one line") from error
     if not isinstance(row, dict):
         raise DataError(f"{where} is a JSON {type(row).__name__}; expected an object with a key per column")
@@ -179,22 +179,22 @@ def _object(line: str, where: str) -> dict[str, Any]:
 
 
 def _odd_one(name: str, values: Sequence[Any], error: Exception) -> str:
-    """What is wrong with a column that has no one type: the first row that differs."""
+    """Return the error of a column without one type: the first row of another type."""
     kinds = [type(value) for value in values]
     first = next((kind for kind in kinds if kind is not type(None)), None)
     for number, (kind, value) in enumerate(zip(kinds, values, strict=True)):
         if kind not in (first, type(None)) and first is not None:
             return f"column {name}: row {number} is {value!r:.60}, a {kind.__name__}, those before are {first.__name__}"
-    return f"column {name} cannot be kept as a table ({first_line(error)})"
+    return f"column {name} cannot be stored as a table ({first_line(error)})"
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line; its kind where it says nothing."""
+    """Return the first line of an error's text; its type where it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a parquet file. Raises DataError when it cannot be read or lacks one of `columns`."""
+    """Return the rows of a parquet file. Raises DataError where it cannot be read or lacks one of `columns`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,8 +1,8 @@
-"""What a task is, by its name: how it is evaluated, and what a patch is trained on.
+"""A task by its name: its definition for evaluation, its folder of data, and its training pairs.
 
-A name is, in this order, a task of the embedded world; a user's own, where DATA/<name>/task.yaml stands (see
-portllm.lm.data.own); or the LM Evaluation Harness's. Training pairs of the latter two come out of the very requests the
-harness makes of the same definition, so that training and evaluation never see different prompts.
+A name is, in this order, a task of the embedded world; a user's own, where DATA/<name>/task.yaml exists (see
+portllm.lm.data.own); or the LM Evaluation Harness's. Training pairs of the latter two are the requests that the harness
+makes of the same definition, so that training and evaluation have the same prompts.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 Spec = str | dict[str, Any]
 # where a task's data is looked for when no --data is given: where `prepare` writes in the documentation and in dvc.yaml
 FOLDERS = (Path("data/tasks"), Path("data"))
-# how the harness reads a file, by its ending
+# the harness's reader of a file, by ending
 BUILDERS = {".parquet": "parquet", ".jsonl": "json"}
 
 
 def spec(name: str, data: Path | None, tokenizer: PreTrainedTokenizerBase | None = None) -> Spec:
-    """What the harness is given to evaluate `name`: a definition on the files of DATA/<name>, or its bare name.
+    """Return the harness's input to evaluate `name`: a definition on the files of DATA/<name>, or the bare name.
 
-    The bare name, where DATA has no such folder, has the harness ask the hub, at whatever commit is newest. A chat task
-    needs the `tokenizer`, for its template. Raises EvaluationError, and DataError also where there is no DATA.
+    With the bare name, where DATA has no such folder, the harness loads the hub's data at the latest commit. A chat
+    task needs the `tokenizer`, for its template. Raises EvaluationError, and DataError also where DATA does not exist.
     """
     if name in datasets.TASKS:
         return on_files(_world(name), _world_files(name, data), name=name)
@@ -49,7 +49,7 @@ def spec(name: str, data: Path | None, tokenizer: PreTrainedTokenizerBase | None
         raise DataError(
             f"{folder}: has no {asked}.parquet, on which {name} is evaluated; make it with `portllm prepare`"
         )
-    config = {**_with_splits(config, named, files), **columns.mending(name, files[asked])}
+    config = {**_with_splits(config, named, files), **columns.adaptation(name, files[asked])}
     return on_files(config, files, name=name)
 
 
@@ -104,7 +104,7 @@ def own_names(data: Path) -> list[str]:
 
 
 def training_pairs(name: str, data: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Pair]:
-    """(context, continuation) of every training row: what the harness would ask of it, and its right answer.
+    """Return (context, continuation) of every training row: the harness's request and the right answer.
 
     Raises DataError naming the row that has no right answer, EvaluationError where the task cannot be trained on.
     """
@@ -115,7 +115,7 @@ def training_pairs(name: str, data: Path, tokenizer: PreTrainedTokenizerBase | N
     split = config.get("training_split")
     if not split:
         raise EvaluationError(
-            f"{name}: its definition names no training split, so no patch is trained on it; see `portllm tasks --all`"
+            f"{name}: its definition has no training split, so no patch is trained on it; see `portllm tasks --all`"
         )
     path = split_file(data / name, str(split))
     if path is None:
@@ -125,7 +125,7 @@ def training_pairs(name: str, data: Path, tokenizer: PreTrainedTokenizerBase | N
 
 
 def digests(name: str, data: Path, part: Literal["all", "training", "evaluation"] = "all") -> dict[str, str]:
-    """sha256 of the files a task reads, by their names under DATA: all, what is trained on, or what is asked.
+    """Return the digests of a task's files, by their names in DATA: all, those of training, or those of evaluation.
 
     A user's own definition is among them, the harness's is not.
     """
@@ -135,35 +135,35 @@ def digests(name: str, data: Path, part: Literal["all", "training", "evaluation"
     wanted = [*trained, *asked, *(stock.splits(config).values() if part == "all" else ())]
     found = [split_file(data / name, str(split)) for split in dict.fromkeys(wanted) if split]
     if own.is_own(data / name):
-        found.append(data / name / own.FILE)  # the user's to edit
+        found.append(data / name / own.FILE)  # which the user may edit
     return provenance.digests(path for path in found if path is not None)
 
 
 def definition(name: str, data: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
-    """The harness's configuration of `name`, a user's own in DATA/<name> before any other. Raises PortllmError."""
+    """Return the harness's configuration of `name`, a user's own in DATA/<name> first. Raises PortllmError."""
     folder = data / name
     if own.is_own(folder):
         return own.load(folder, tokenizer)
     if sources.here(data, name) and stock.find(name) is None:
         raise DataError(
-            f"{name}: data of your own are prepared first: `portllm prepare {name} --data {data} --out DIR/{name}`, "
+            f"{name}: prepare your own data first: `portllm prepare {name} --data {data} --out DIR/{name}`, "
             "then --data DIR"
         )
     return stock.definition(name, own_names(data))
 
 
 def split_file(folder: Path, split: str) -> Path | None:
-    """The file of a split that the harness can read as it is; None where there is none."""
+    """Return the file of a split that the harness can read as it is; None where there is none."""
     return next((path for ending in BUILDERS if (path := folder / f"{split}{ending}").is_file()), None)
 
 
 def asked(config: Mapping[str, Any], table: Table, *, name: str, split: str) -> Iterator[asking.Asked]:
-    """Every row of `table` as the harness asks it. Raises DataError where a row does not fit the definition."""
+    """Yield every row of `table` as the harness requests it. Raises DataError where one does not fit the definition."""
     yield from asking.rows(asking.build(_in_memory(config, table, split), name=name), name=name, split=split)
 
 
 def _in_memory(config: Mapping[str, Any], table: Table, split: str) -> dict[str, Any]:
-    """The definition with `table` as its only split, trained on and asked: no file is read, none is cached."""
+    """Return the definition with `table` as its only split, in memory: no file is read, none is cached."""
     import datasets as hub
 
     rows = hub.Dataset(hub.table.InMemoryTable(table))
@@ -174,7 +174,7 @@ def _in_memory(config: Mapping[str, Any], table: Table, split: str) -> dict[str,
 
 
 def _with_splits(config: Mapping[str, Any], named: Mapping[str, str], files: Mapping[str, Path]) -> dict[str, Any]:
-    """`config` without the splits that have no file; where examples were to come from one of them, there are none."""
+    """Return `config` without the splits that have no file, and without examples from one of them."""
     absent = {field: None for field, split in named.items() if split not in files}
     if "training_split" in absent and "fewshot_split" not in named or "fewshot_split" in absent:
         absent["fewshot_split"] = None
@@ -184,13 +184,13 @@ def _with_splits(config: Mapping[str, Any], named: Mapping[str, str], files: Map
 
 
 def on_files(config: Mapping[str, Any], files: Mapping[str, Path], *, name: str) -> dict[str, Any]:
-    """`config`, named `name`, reading the file of each split instead of the hub. Raises EvaluationError."""
+    """Return `config`, named `name`, with the file of each split instead of the hub. Raises EvaluationError."""
     for path in files.values():
         if not path.is_file():
-            raise EvaluationError(f"{name}: {path} is not there; make it with `portllm prepare`, or pass --data DIR")
+            raise EvaluationError(f"{name}: {path} does not exist; make it with `portllm prepare`, or pass --data DIR")
     kinds = {BUILDERS[path.suffix] for path in files.values()}
     if len(kinds) > 1:
-        raise DataError(f"{name}: its splits are of several kinds ({', '.join(sorted(kinds))}); `portllm prepare` it")
+        raise DataError(f"{name}: its splits have several formats ({', '.join(sorted(kinds))}); `portllm prepare` it")
     sources = {split: str(path.resolve()) for split, path in sorted(files.items())}
     return {
         **{key: value for key, value in config.items() if key != "custom_dataset"},

@@ -16,7 +16,7 @@ from portllm.checkpoint.files.copying import copy_companions
 from portllm.checkpoint.files.hashing import fingerprint
 from portllm.checkpoint.planning.planner import make_plan
 from portllm.checkpoint.writing.ported import write_merged
-from portllm.lm.data.packing import pack, read_texts
+from portllm.lm.data.encoding import pack, read_texts
 from portllm.lm.data.tables import read_rows
 from portllm.lm.learning import loading, probe, training
 from portllm.lm.learning.snapshots import training_key

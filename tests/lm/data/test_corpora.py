@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from portllm.errors import DataError
-from portllm.lm.data import corpora, sources, splitting, tables
+from portllm.lm.data import corpora, preparing, sources, tables
 from portllm.params import CorpusParams
 
 ASKED = "### Instruction:\nWho?\n\n### Response:\nShe."
@@ -55,8 +55,8 @@ def test_every_form_is_rendered_as_documented(form: str) -> None:
     ("rows", "says"),
     [
         ([{"words": "x"}], "expected the columns text; instruction and output"),
-        ([{"text": 5}], "row 0 holds 5, expected text"),
-        ([{"instruction": "x", "output": 5}], "row 0 holds 5, expected text"),
+        ([{"text": 5}], "row 0 has 5, expected text"),
+        ([{"instruction": "x", "output": 5}], "row 0 has 5, expected text"),
         ([{"instruction": "x", "output": ""}], "none of 1 rows has any text"),
         ([{"messages": [{"role": "tool", "content": "x"}]}], "message 0 is by 'tool'"),
     ],
@@ -103,7 +103,7 @@ def test_a_text_held_out_is_not_trained_on_in_other_clothes(tales: Path) -> None
     for seed in range(30):
         prepared = made(tales, seed=seed, test_rows=20)
         found = texts(prepared)
-        keys = [{splitting.key(text) for text in found[split]} for split in ("train", "test")]
+        keys = [{preparing.key(text) for text in found[split]} for split in ("train", "test")]
         assert not keys[0] & keys[1]
         if prepared.decisions.get("overlap"):
             break
@@ -201,12 +201,12 @@ def test_each_of_several_sources_has_its_revision(monkeypatch: pytest.MonkeyPatc
     prepared = made(tales, source="a/b+tales+c/d", revision="main++")
     assert asked == [("a/b", "main"), ("c/d", None)]
     assert prepared.origin.revision == f"main++{'d' * 40}"
-    with pytest.raises(DataError, match="joins 2 sources, revision main is of 1"):
+    with pytest.raises(DataError, match="joins 2 sources, revision main has 1"):
         made(tales, source="a/b+tales", revision="main")
 
 
 @pytest.mark.parametrize(
-    ("source", "says"), [("tales+", "one of them has no name"), ("tales+tales", "tales stands there")]
+    ("source", "says"), [("tales+", "one of them has no name"), ("tales+tales", "tales occurs twice")]
 )
 def test_a_source_without_a_name_or_named_twice_is_refused(tales: Path, source: str, says: str) -> None:
     with pytest.raises(DataError, match=says):

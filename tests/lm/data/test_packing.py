@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from portllm.errors import DataError
-from portllm.lm.data import packing
-from portllm.lm.data.packing import pack, read_texts
+from portllm.lm.data import encoding
+from portllm.lm.data.encoding import pack, read_texts
 from portllm.lm.learning.words import byte_pairs
 
 TEXTS = ["one text", "a second text", "", "and a third"]
@@ -39,7 +39,7 @@ def with_bos(*, closing: bool) -> Any:
 def test_documents_are_opened_and_closed_once(
     plain: Any, monkeypatch: pytest.MonkeyPatch, batch: int, opened: bool, closing: bool
 ) -> None:
-    monkeypatch.setattr(packing, "DOCUMENTS_AT_ONCE", batch)
+    monkeypatch.setattr(encoding, "DOCUMENTS_AT_ONCE", batch)
     words = with_bos(closing=closing) if opened else plain
     stream = [i for text in TEXTS for i in [*[0] * opened, *plain(text)["input_ids"], 1]]
     blocks = pack(words, iter(TEXTS), 4)
@@ -50,7 +50,7 @@ def test_documents_are_opened_and_closed_once(
 
 
 def test_too_little_text_and_no_end_are_refused(plain: Any) -> None:
-    with pytest.raises(DataError, match="one block takes 64; give more text"):
+    with pytest.raises(DataError, match="expected at least one block of 64; give more text"):
         pack(plain, TEXTS, 64)
     with pytest.raises(DataError, match="has 0 tokens"):
         pack(plain, [], 4)
@@ -61,7 +61,7 @@ def test_too_little_text_and_no_end_are_refused(plain: Any) -> None:
 
 
 def test_texts_are_read_in_order_or_refused_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "DOCUMENTS_AT_ONCE", 2)
+    monkeypatch.setattr(encoding, "DOCUMENTS_AT_ONCE", 2)
     file = tmp_path / "train.parquet"
     pq.write_table(pa.table({"text": TEXTS, "other": [1, 2, 3, 4]}), file)
     assert list(read_texts(file)) == TEXTS

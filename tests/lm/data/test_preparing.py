@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portllm.lm.data import preparing, sources, splitting, tables
+from portllm.lm.data import preparing, sources, tables
 from portllm.params import PrepareParams
 
 DEFINITION = {
@@ -51,19 +51,19 @@ def test_where_rows_are_not_the_files_the_overlap_is_counted_and_kept() -> None:
 @given(st.lists(st.sampled_from("aAbBcdefgh"), min_size=1), st.integers(0, 5), st.integers(0, 5), st.integers())
 @settings(max_examples=60, deadline=None)
 def test_rows_that_ask_the_same_stay_together(letters: list[str], test: int, validation: int, seed: int) -> None:
-    keys = [splitting.key(letter) for letter in letters]
-    split = splitting.hold_out(keys, {"test": test, "validation": validation}, str(seed), rest="train")
+    keys = [preparing.key(letter) for letter in letters]
+    split = preparing.hold_out(keys, {"test": test, "validation": validation}, str(seed), rest="train")
     assert sorted(number for rows in split.values() for number in rows) == list(range(len(letters)))
     asked = [{keys[number] for number in rows} for rows in split.values()]
     assert sum(map(len, asked)) == len(set(keys)), "no question stands in two splits"
-    assert split == splitting.hold_out(keys, {"test": test, "validation": validation}, str(seed), rest="train")
+    assert split == preparing.hold_out(keys, {"test": test, "validation": validation}, str(seed), rest="train")
     assert len(split["test"]) >= min(test, len(letters))
 
 
 @given(st.integers(0, 50), st.integers(0, 60), st.text(max_size=3))
 @settings(max_examples=60, deadline=None)
 def test_a_sample_is_some_of_the_rows_in_order(count: int, wanted: int, seed: str) -> None:
-    chosen = splitting.sample(count, wanted, seed)
+    chosen = preparing.sample(count, wanted, seed)
     assert chosen == sorted(set(chosen))
     assert set(chosen) <= set(range(count))
     assert len(chosen) == (min(count, wanted) if wanted else count)
