@@ -205,6 +205,7 @@ RACE = """
 """
 
 
+@pytest.mark.slow
 def test_several_ports_to_one_out_do_not_mix(bench: Any, ported: Any) -> None:
     other = bench.folder / "in" / "other"
     shutil.copytree(bench.patch, other)
