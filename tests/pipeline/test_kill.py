@@ -1,4 +1,4 @@
-"""A pipeline killed in the middle of training is finished by the next `dvc repro`, and nothing half-made is kept."""
+"""A pipeline killed in the middle of training is finished by the next `dvc repro`, and nothing incomplete is kept."""
 
 from __future__ import annotations
 
