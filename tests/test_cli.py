@@ -99,8 +99,8 @@ def test_verbose_twice_shows_where_an_error_came_from() -> None:
 def test_json_is_exactly_one_object_on_stdout(tmp_path: Path) -> None:
     done = call("prepare", "world_sst2", "--out", tmp_path / "d", "--train-rows", "20", "--test-rows", "40", "--json")
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert told["rows"] == {"train": 20, "validation": 20, "test": 40}
+    answer = json.loads(done.stdout)
+    assert answer["rows"] == {"train": 20, "validation": 20, "test": 40}
 
 
 def test_an_existing_out_is_refused_unless_forced(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The whole life of a patch through the verbs, at toy size: data, release, patch, next release, port, scores."""
+"""Every stage of a patch through the verbs, at toy size: data, release, patch, next release, port, scores."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_a_release_may_be_a_merged_lora(life: SimpleNamespace) -> None:
     assert record.fingerprint not in {life.first.fingerprint, ReleaseRecord.read(life.v1).fingerprint}
 
 
-def test_a_release_may_be_a_directory_at_hand(life: SimpleNamespace) -> None:
+def test_a_release_may_be_a_local_directory(life: SimpleNamespace) -> None:
     source = life.root / "published"
     shutil.copytree(life.v0, source)
     (source / "pytorch_model.bin").write_bytes(b"pickled weights are never taken along")

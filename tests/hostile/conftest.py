@@ -37,18 +37,18 @@ Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 def shapes() -> dict[str, tuple[int, ...]]:
     """Names and shapes of the Llama's tensors."""
-    found: dict[str, tuple[int, ...]] = {
+    named: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
         "model.norm.weight": (HIDDEN,),
         "lm_head.weight": (VOCABULARY, HIDDEN),
     }
     for i in range(LAYERS):
         layer = f"model.layers.{i}"
-        found |= {f"{layer}.self_attn.{k}_proj.weight": (HIDDEN, HIDDEN) for k in "qkvo"}
-        found |= {f"{layer}.mlp.{k}_proj.weight": (INNER, HIDDEN) for k in ("gate", "up")}
-        found |= {f"{layer}.mlp.down_proj.weight": (HIDDEN, INNER)}
-        found |= {f"{layer}.{k}_layernorm.weight": (HIDDEN,) for k in ("input", "post_attention")}
-    return found
+        named |= {f"{layer}.self_attn.{k}_proj.weight": (HIDDEN, HIDDEN) for k in "qkvo"}
+        named |= {f"{layer}.mlp.{k}_proj.weight": (INNER, HIDDEN) for k in ("gate", "up")}
+        named |= {f"{layer}.mlp.down_proj.weight": (HIDDEN, INNER)}
+        named |= {f"{layer}.{k}_layernorm.weight": (HIDDEN,) for k in ("input", "post_attention")}
+    return named
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
@@ -78,15 +78,15 @@ def look(folder: Path) -> dict[str, tuple[Any, ...]]:
     """Everything below a folder: kind, size, time of change, and content or target of each path."""
     seen: dict[str, tuple[Any, ...]] = {}
     for path in (folder, *sorted(folder.rglob("*"))):
-        told = path.lstat()
+        status = path.lstat()
         content: Any = None
-        if stat.S_ISLNK(told.st_mode):
+        if stat.S_ISLNK(status.st_mode):
             content = os.readlink(path)
-        elif stat.S_ISREG(told.st_mode) and told.st_size < 1 << 24:
+        elif stat.S_ISREG(status.st_mode) and status.st_size < 1 << 24:
             with open(path, "rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
-        changed = told.st_mtime_ns if path != folder else None  # OUT is written beside itself, in the folder
-        seen[path.relative_to(folder).as_posix()] = (told.st_mode, told.st_size, changed, content)
+        changed = status.st_mtime_ns if path != folder else None  # OUT is written next to itself, in the folder
+        seen[path.relative_to(folder).as_posix()] = (status.st_mode, status.st_size, changed, content)
     return seen
 
 
@@ -177,12 +177,12 @@ class Bench:
         write_tensors(path, tensors)
 
     def header(self, path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-        """A header that tells something else of the same data: `change` edits its tree, or returns the new text."""
+        """A header that describes the same data otherwise: `change` edits its tree, or returns the new text."""
         raw = path.read_bytes()
         start = 8 + struct.unpack("<Q", raw[:8])[0]
         tree = json.loads(raw[8:start])
-        told = change(tree)
-        text = told if isinstance(told, bytes) else json.dumps(tree).encode()
+        replacement = change(tree)
+        text = replacement if isinstance(replacement, bytes) else json.dumps(tree).encode()
         path.write_bytes(struct.pack("<Q", len(text)) + text + raw[start:])
 
     def length(self, path: Path, length: int) -> None:

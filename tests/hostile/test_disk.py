@@ -186,8 +186,8 @@ RACE = """
                     port.run(patch=patch, onto=base, out=out, params=PortParams(), force=force)
                     os._exit(0)
                 except OutputError as error:
-                    known = "another portllm is writing it" in str(error) or "exists and is not empty" in str(error)
-                    os._exit(3 if known else print(error, file=sys.stderr) or 1)
+                    expected = "another portllm is writing it" in str(error) or "exists and is not empty" in str(error)
+                    os._exit(3 if expected else print(error, file=sys.stderr) or 1)
         return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
     for turn in range(8):
@@ -205,6 +205,7 @@ RACE = """
 """
 
 
+@pytest.mark.slow
 def test_several_ports_to_one_out_do_not_mix(bench: Any, ported: Any) -> None:
     other = bench.folder / "in" / "other"
     shutil.copytree(bench.patch, other)

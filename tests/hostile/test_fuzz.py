@@ -132,7 +132,7 @@ def of_header(file: str) -> Mutation:
 
 
 def of_other_family(mutator: Mutator, bench: Any) -> tuple[Path, bytes]:
-    """The config of a family whose layout only transformers knows; it is asked, with whatever the file says."""
+    """The config of a family whose layout only transformers has; it gets whatever the file contains."""
     other = {**json.loads(bench.config.read_bytes()), "model_type": "seed_oss", "architectures": ["SeedOssForCausalLM"]}
     tree = json.loads(mutator.json(json.dumps(other).encode()))
     return bench.config, json.dumps(tree).encode()
@@ -163,13 +163,13 @@ FORGIVING = {
 
 
 class Guard:
-    """Hears of every file opened for writing, made, renamed or removed in this process, while it is watching."""
+    """An audit hook that fails when a file outside the allowed folders is opened for writing, renamed or removed."""
 
     def __init__(self) -> None:
         self.allowed: tuple[str, ...] = ()
-        sys.addaudithook(self._hear)
+        sys.addaudithook(self._check)
 
-    def _hear(self, event: str, args: tuple[Any, ...]) -> None:
+    def _check(self, event: str, args: tuple[Any, ...]) -> None:
         if not self.allowed or not _writes(event, args):
             return
         for place in _places(event, args):
@@ -218,9 +218,9 @@ def guard(bench: Any, private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> I
 @pytest.mark.parametrize("target", MUTATIONS)
 def test_right_or_refused(target: str, bench: Any) -> None:
     bench.record = bench.patch / "patch.json"
-    made = {"name": "v0", "fingerprint": "0" * 64, "revision": None, "quantisation": None}
-    told = {"schema_version": 1, "task": "t", "base": made, "fingerprint": "1" * 64, "data": {"a/b": "c"}}
-    bench.record.write_text(json.dumps({**told, "params": {"r": 2}, "metrics": {"loss": 0.5}, "versions": {}}))
+    base = {"name": "v0", "fingerprint": "0" * 64, "revision": None, "quantisation": None}
+    record = {"schema_version": 1, "task": "t", "base": base, "fingerprint": "1" * 64, "data": {"a/b": "c"}}
+    bench.record.write_text(json.dumps({**record, "params": {"r": 2}, "metrics": {"loss": 0.5}, "versions": {}}))
     mutator, outcomes = Mutator(target), Counter[str]()
     for case in range(CASES):
         path, mutated = MUTATIONS[target](mutator, bench)
@@ -247,7 +247,7 @@ def warm_up(bench: Any) -> None:
 
 def one_port(bench: Any, case: str, params: PortParams, *, real: bool) -> str:
     """Port the bench as it is now: "ported" for real, "checked" dry, or "refused"; or an assertion fails."""
-    signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)  # anew for each case; see never_hangs
+    signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)  # again for each case; see never_hangs
     before, started, outcome, line = inputs(bench), time.process_time(), "refused", "none"
     try:
         port.run(patch=bench.patch, onto=bench.base, out=bench.out, params=params, dry_run=not real)
@@ -269,13 +269,13 @@ def one_port(bench: Any, case: str, params: PortParams, *, real: bool) -> str:
 
 
 def inputs(bench: Any) -> dict[str, tuple[int, int, int]]:
-    """What tells of any change of the inputs."""
-    told = {str(path): path.lstat() for path in (bench.folder / "in").rglob("*")}
-    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in told.items()}
+    """Inode, size and time of change of every input file."""
+    status = {str(path): path.lstat() for path in (bench.folder / "in").rglob("*")}
+    return {name: (one.st_ino, one.st_size, one.st_mtime_ns) for name, one in status.items()}
 
 
 def loads(folder: Path, case: str) -> None:
-    """safetensors' own reader, which knows nothing of ours, takes every file of what was accepted or written."""
+    """safetensors' own reader, independent of ours, takes every file of what was accepted or written."""
     for path in folder.glob("*.safetensors"):
         try:
             with safe_open(path, "np") as file:

@@ -17,6 +17,7 @@ MORE = {"to a new OUT": [], "over an OUT": ["force"], "as an adapter": ["adapter
 MOMENTS = {"to a new OUT": 30, "over an OUT": 16, "as an adapter": 10}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MORE)
 def test_killed_and_run_again(kind: str, bench: Any, private_cache: Path) -> None:
     signal.setitimer(signal.ITIMER_REAL, 180)  # sixty ports; see never_hangs

@@ -74,7 +74,7 @@ def test_any_number_of_threads(large: Any, reference: Any, ported: Any, monkeypa
     ids=["four threads", "an older processor"],
 )
 def test_another_machine(environment: dict[str, str], large: Any, reference: Any, tmp_path: Path) -> None:
-    """Another process elsewhere on the disk, whose BLAS is told to use other instructions and threads."""
+    """Another process elsewhere on the disk, whose BLAS uses other instructions and threads."""
     elsewhere = tmp_path / "elsewhere" / "deep"
     shutil.copytree(large.folder / "in", elsewhere)
     words = ["port", "patch", "--onto", "base", "--out", str(tmp_path / "other-out")]
@@ -123,18 +123,18 @@ def test_any_order_of_shards_and_tensors(
     ported(large)
     for shard in large.out.glob("*.safetensors"):
         wanted |= tensors_of(shard)
-    told = json.loads((large.out / "port.json").read_text())
+    record = json.loads((large.out / "port.json").read_text())
     shutil.rmtree(large.out)
     for turn in range(2):
         _reshard(large, tensors_of, turn)
         ported(large)
-        found: dict[str, Any] = {}
+        written: dict[str, Any] = {}
         for shard in large.out.glob("*.safetensors"):
-            found |= tensors_of(shard)
-        assert found == wanted
+            written |= tensors_of(shard)
+        assert written == wanted
         again = json.loads((large.out / "port.json").read_text())
-        assert again["fingerprint"] == told["fingerprint"]
-        assert again["base"] == told["base"]
+        assert again["fingerprint"] == record["fingerprint"]
+        assert again["base"] == record["base"]
         shutil.rmtree(large.out)
     assert reference
 

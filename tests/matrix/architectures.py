@@ -1,4 +1,4 @@
-"""Tiny models of every architecture the port knows: two layers, seeded, saved as transformers saves them.
+"""Tiny models of every architecture that the port supports: two layers, seeded, saved as transformers saves them.
 
 Every parameter is random, norms and biases too, so that none can be lost unseen.
 """
@@ -60,7 +60,7 @@ class Architecture:
         return getattr(transformers, self.auto)
 
     def build(self, seed: int) -> Any:
-        """The model as it is saved, every parameter drawn anew."""
+        """The model as it is saved, every parameter drawn again."""
         import transformers
 
         config = transformers.AutoConfig.for_model(self.model_type, **self.config)
@@ -80,7 +80,7 @@ class Architecture:
         model = self.build(seed).to(dtype)
         inner = model.transformer if self.hub_layout else model
         inner.save_pretrained(folder, max_shard_size=self.shard_bytes or "1GB")
-        if self.hub_layout:  # as gpt2 is published: the whole model's config beside the inner model's tensors
+        if self.hub_layout:  # as gpt2 is published: the complete model's config next to the inner model's tensors
             model.config.save_pretrained(folder)
         if self.extra:
             self._add_extra(folder, dtype)

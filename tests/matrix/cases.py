@@ -1,4 +1,4 @@
-"""The matrix: every configuration of PEFT that the port knows, on every architecture where it means something."""
+"""The matrix: every configuration of PEFT that the port supports, on every architecture where it means something."""
 
 from __future__ import annotations
 
@@ -106,13 +106,13 @@ def _embeddings_and_heads() -> Iterator[Case]:
         for what, targets in (("embedding", ["embed_tokens"]), ("head", ["lm_head"]),
                               ("embedding+head", ["embed_tokens", "lm_head"])):  # fmt: skip
             yield Case(name, f"{what}-tying", {"target_modules": ["q_proj", *targets], "ensure_weight_tying": True})
-    # PEFT ties what is called embed_tokens or lm_head, and on loading no longer knows that the head was asked for
+    # PEFT ties what is called embed_tokens or lm_head, and on loading has no record that the head was a target
     tying = {"ensure_weight_tying": True}
     yield Case("gpt2", "embedding-tying", {"target_modules": ["c_attn", "wte"], **tying}, config=UNTIED)
     yield Case("gpt2", "head-tying", {"target_modules": ["c_attn", "lm_head"], **tying}, refused="lm_head.*both sides")
     yield Case("gpt2", "embedding+head-tying", {"target_modules": ["c_attn", "wte", "lm_head"], **tying},
                refused="lm_head.*both sides")  # fmt: skip
-    for module, refused in (("lm_head", None), ("embed_tokens", "lm_head.*copy")):  # untied, beside the other's copy
+    for module, refused in (("lm_head", None), ("embed_tokens", "lm_head.*copy")):  # untied, next to the other's copy
         yield Case("llama", f"save-{module}-tying-copies", {"target_modules": ["q_proj"], "modules_to_save": [module],
                    "ensure_weight_tying": True}, copies=True, source=True, refused=refused)  # fmt: skip
     yield Case("llama", "embedding-tying", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True})
@@ -128,9 +128,9 @@ def _whole_modules() -> Iterator[Case]:
         yield Case(name, "save-both", {**lora, "modules_to_save": [e, h]}, config=change)
         yield Case(name, "save-norm", {**lora, "modules_to_save": [arch.norm]})
         if arch.tied:
-            tying, known = {**lora, "ensure_weight_tying": True}, e == "embed_tokens"  # by PEFT, on loading
-            refused = None if known else "lm_head.*both sides"
-            yield Case(name, "save-embedding-tying", {**tying, "modules_to_save": [e]}, config={} if known else UNTIED)
+            tying, ties = {**lora, "ensure_weight_tying": True}, e == "embed_tokens"  # by PEFT, on loading
+            refused = None if ties else "lm_head.*both sides"
+            yield Case(name, "save-embedding-tying", {**tying, "modules_to_save": [e]}, config={} if ties else UNTIED)
             yield Case(name, "save-both-tying", {**tying, "modules_to_save": [e, h]}, refused=refused)
             yield Case(name, "save-both-tying-grown", {**tying, "modules_to_save": [e, h]}, vocabulary=52,
                        config={"vocab_size": 52}, refused=refused)  # fmt: skip

@@ -45,7 +45,7 @@ class Case:
     refused: str | None = None  # a regular expression that the error matches; None: the port has to be right
     source: bool = False  # the port needs the old base
     residual: bool = False  # the adapter's start was taken out of the old base
-    copies: bool = False  # PEFT puts copies of the old base's embedding layers beside the adapter
+    copies: bool = False  # PEFT puts copies of the old base's embedding layers next to the adapter
     vocabulary: int = VOCABULARY  # of the tuned model
     edit: Mapping[str, Any] = field(default_factory=dict)  # changes of adapter_config.json after saving
     config: Mapping[str, Any] = field(default_factory=dict)  # what the port changes of config.json
@@ -74,7 +74,7 @@ class Case:
 
 
 class Bench:
-    """Bases of a test session, made once each, and the models that judge."""
+    """Bases of a test session, each made once, and the models that judge."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -155,8 +155,8 @@ class Bench:
 def load(arch: Architecture, folder: Path) -> Any:
     """A checkpoint as users load it, in float32."""
     torch.manual_seed(0)  # of what the checkpoint lacks
-    known = json.loads((folder / "config.json").read_text())
-    more = {"num_labels": LABELS} if arch.auto.endswith("Classification") and "id2label" not in known else {}
+    config = json.loads((folder / "config.json").read_text())
+    more = {"num_labels": LABELS} if arch.auto.endswith("Classification") and "id2label" not in config else {}
     return arch.auto_class.from_pretrained(folder, dtype=torch.float32, **more).eval()
 
 
@@ -176,7 +176,7 @@ def effect(case: Case, bench: Bench, expected: torch.Tensor) -> float:
     """How far the patch moves the logits of the new base: the scale on which errors count."""
     bare = bench.bare(case.architecture)
     moved = (expected[..., : bare.shape[-1]][:, : bare.shape[1]] - bare).abs().max().item()
-    assert moved > 0.02 * bare.abs().max().item(), "the patch does nothing to speak of: the case could not fail"
+    assert moved > 0.02 * bare.abs().max().item(), "the patch has almost no effect: the case could not fail"
     return moved
 
 
@@ -208,7 +208,7 @@ def touched(model: Any, patch: Path) -> set[str]:
 
 
 def _biases(patch: Path) -> set[str]:
-    # those that PEFT saved whole (bias=all, bias=lora_only)
+    # those that PEFT saved complete (bias=all, bias=lora_only)
     keys = load_file(patch / "adapter_model.safetensors").keys()
     plain = {key for key in keys if key.endswith(".bias") and ".lora_" not in key and "modules_to_save" not in key}
     return {key.removeprefix(PREFIX).replace(".base_layer", "") for key in plain}

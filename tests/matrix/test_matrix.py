@@ -26,7 +26,7 @@ NAMED = {str(case): case for case in CASES}
 
 
 def ported(case: Case, bench: Bench, patch: Path, out: Path, dtype: torch.dtype = torch.float32, **more: Any) -> None:
-    """Port onto the new base, with the old one at hand where the case says so."""
+    """Port onto the new base, with the old one available where the case says so."""
     source = bench.base(case.architecture, OLD) if case.source else None
     onto = bench.base(case.architecture, NEW, dtype)
     port.run(patch=patch, onto=onto, out=out, params=PortParams(**more), source=source)
@@ -74,14 +74,14 @@ def test_narrow_weights_are_the_exact_ones_rounded_once(
     expected = judge.logits(bench.tuned(case, patch, dtype))
     exact = judge.exact(case, bench, patch, dtype)
     ported(case, bench, patch, out, dtype)
-    found = case.arch.auto_class.from_pretrained(out).state_dict()
-    assert found.keys() == exact.keys()
+    weights = case.arch.auto_class.from_pretrained(out).state_dict()
+    assert weights.keys() == exact.keys()
     for name, weight in exact.items():
-        assert torch.equal(found[name].to(dtype), round_once(weight, dtype)), name  # gpt_oss loads norms as float32
+        assert torch.equal(weights[name].to(dtype), round_once(weight, dtype)), name  # gpt_oss loads norms as float32
     assert {tensor.dtype for shard in judge.shards(out).values() for tensor in shard.values()} == {dtype}
     moved = (expected - bench.bare(case.architecture, dtype)).abs().max().item()
     if not case.arch.experts:  # a router's choice may turn on a rounding
-        # what is left is the rounding of the weights, small beside what the patch does
+        # what is left is the rounding of the weights, small compared with the effect of the patch
         assert_close(judge.logits(judge.load(case.arch, out)), expected, rtol=0, atol=0.03 * moved)
 
 
@@ -89,13 +89,13 @@ def test_narrow_weights_are_the_exact_ones_rounded_once(
 def test_scale_multiplies_the_difference(name: str, bench: Bench, tmp_path: Path) -> None:
     case = NAMED[name]
     patch, _ = bench.patches(case, tmp_path)
-    ported(case, bench, patch, tmp_path / "whole")
+    ported(case, bench, patch, tmp_path / "unscaled")
     ported(case, bench, patch, tmp_path / "out", scale=-0.75)
     ported(case, bench, patch, tmp_path / "adapter", as_="adapter", scale=-0.75)
-    folders = (bench.base(case.architecture, NEW), tmp_path / "whole", tmp_path / "out")
-    base, whole, scaled = (judge.load(case.arch, folder).state_dict() for folder in folders)
+    folders = (bench.base(case.architecture, NEW), tmp_path / "unscaled", tmp_path / "out")
+    base, unscaled, scaled = (judge.load(case.arch, folder).state_dict() for folder in folders)
     for key, weight in base.items():
-        assert_close(scaled[key] - weight, -0.75 * (whole[key] - weight), rtol=1e-4, atol=1e-6)
+        assert_close(scaled[key] - weight, -0.75 * (unscaled[key] - weight), rtol=1e-4, atol=1e-6)
     expected = judge.logits(bench.tuned(case, tmp_path / "adapter", plain=True))
     judge.assert_logits(judge.logits(judge.load(case.arch, folders[2])), expected, judge.effect(case, bench, expected))
 

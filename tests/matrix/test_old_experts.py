@@ -1,7 +1,7 @@
 """Adapters of experts as transformers 4 had them, one pair of factors for each expert: they name the tensors on disk.
 
 Such an adapter was trained on a model whose experts were modules, so what it means is W + s·BA of every tensor on disk;
-PEFT, which turns it into one of stacked experts, knows some of these architectures only.
+PEFT, which turns it into one of stacked experts, supports some of these architectures only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Verify proves a port of every kind of edit from scratch, and tells one element moved by its last bit."""
+"""Verify proves a port of every kind of edit from scratch, and detects one element moved by its last bit."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def nudge(folder: Path, tensor: str) -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if str(case) in CHOSEN], ids=str)
 def test_every_kind_of_edit_is_proven(case: Case, bench: Bench, tmp_path: Path) -> None:
     patch = bench.patch(case, tmp_path / "patch", copies=case.copies)
-    made = {"onto": bench.base(case.architecture, NEW), "patch": patch}
-    made["source"] = bench.base(case.architecture, OLD) if case.source else None
+    inputs = {"onto": bench.base(case.architecture, NEW), "patch": patch}
+    inputs["source"] = bench.base(case.architecture, OLD) if case.source else None
     for output in ("merged", "adapter"):
-        port.run(**made, out=tmp_path / output, params=PortParams(as_=output))
-        proof = verify.run(folder=tmp_path / output, **made, sample=ALL).proof
+        port.run(**inputs, out=tmp_path / output, params=PortParams(as_=output))
+        proof = verify.run(folder=tmp_path / output, **inputs, sample=ALL).proof
         assert proof is not None
         assert len(proof.recomputed) == proof.changed
         assert proof.changed > 0 or output == "adapter"
@@ -62,7 +62,7 @@ def test_every_kind_of_edit_is_proven(case: Case, bench: Bench, tmp_path: Path) 
             nudge(tmp_path / output, tensor)
             forge(tmp_path / output)
             with pytest.raises(VerificationError, match=f"tensor {tensor}: element"):
-                verify.run(folder=tmp_path / output, **made, sample=ALL)
+                verify.run(folder=tmp_path / output, **inputs, sample=ALL)
 
 
 def test_the_chosen_cases_exist() -> None:

@@ -18,6 +18,14 @@ ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests that use the fork server in one process, so that one server loads the libraries."""
+    for item in items:
+        if "forked" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("forked"))
+
+
 class Project:
     """A directory with the project's dvc.yaml, params.yaml and sources, where `dvc` may be called."""
 

@@ -11,12 +11,14 @@ grouped by DVC process) is not the same; test_kill.py and test_tracking.py have 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import runpy
 import signal
 import socket
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,9 @@ def load() -> None:
 
     import portllm.cli
     import portllm.tracking.__main__  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # or the collector writes to every page that forks share
 
 
 def serve(address: Path) -> dict[str, Any]:
@@ -106,7 +111,17 @@ def carry_out(call: dict[str, Any], python: str) -> None:
     if call["module"] == "portllm.tracking":
         words = [str(os.getppid())]  # the recorder ends with its parent, which here is the one that forked it
     sys.argv = [call["module"], *words]
-    runpy.run_module(call["module"], run_name="__main__", alter_sys=True)
+    code: object = 0
+    try:
+        runpy.run_module(call["module"], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))  # taking all libraries down takes half a second
 
 
 if __name__ == "__main__":

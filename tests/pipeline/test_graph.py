@@ -74,6 +74,7 @@ def stages(tasks: int, releases: int) -> int:
     return tasks + 4 * releases + 2 * tasks * releases
 
 
+@pytest.mark.slow
 def test_a_new_release_trains_no_old_patch_again(small: Any) -> None:
     first = calls(small)
     assert len(first) == len(set(first)) == stages(tasks=2, releases=2)
@@ -98,12 +99,13 @@ def test_a_new_release_trains_no_old_patch_again(small: Any) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_projects_own_parameters_give_a_stage_for_each_task_and_release(project: Callable[..., Any]) -> None:
     """Count the stages of params.yaml as it is, which the test above replaces by a smaller one."""
-    whole = params.load(ROOT / "params.yaml")
+    current = params.load(ROOT / "params.yaml")
     listed = project().dvc("stage", "list", "--name-only").stdout.split()
-    assert len(listed) == len(set(listed)) == stages(len(whole.tasks), len(whole.releases))
-    assert {f"train@{task}-{release}" for task in whole.tasks for release in whole.releases} <= set(listed)
+    assert len(listed) == len(set(listed)) == stages(len(current.tasks), len(current.releases))
+    assert {f"train@{task}-{release}" for task in current.tasks for release in current.releases} <= set(listed)
 
 
 def test_every_stage_is_the_verb_of_its_name() -> None:

@@ -1,4 +1,4 @@
-"""A profile of real tasks and models runs the same dvc.yaml, whole, by the one documented command, beside the world's.
+"""A profile of real tasks and models runs all of the same dvc.yaml by the one documented command, next to the world's.
 
 The profile is as small as one can be: a random Llama in a directory, one task of eight rows, answered by generating,
 and one update by merged LoRA.
@@ -96,14 +96,14 @@ def write_model(folder: Path, data: Path) -> None:
 
 
 def make(one: Any, *words: str) -> subprocess.CompletedProcess[str]:
-    """`make …` in the copy with this test's Python, nothing to set up, and no part of the make that runs the tests."""
+    """Run `make …` in the copy with nothing to set up and no variables of the make that runs the tests."""
     env = {name: value for name, value in one.env.items() if not name.startswith("MAKE") and name != "MFLAGS"}
     return subprocess.run(
         ["make", "-o", ".venv/.ready", *words], cwd=one.folder, env=env, capture_output=True, text=True, check=False
     )
 
 
-def test_one_command_runs_a_profile_whole_and_leaves_the_project_alone(tiny: Any, forked: Path) -> None:
+def test_one_command_runs_all_of_a_profile_and_leaves_the_project_alone(tiny: Any, forked: Path) -> None:
     command = tiny.folder / ".venv" / "bin" / "portllm"
     command.unlink()
     command.symlink_to(forked / "portllm")

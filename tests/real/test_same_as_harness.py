@@ -2,8 +2,9 @@
 
 The model is a Llama of 260 thousand parameters; it, a patch of it, and the patch ported onto a changed model are asked.
 `lm_eval` reads the files through task files of this test's own making, not through ours, and is started as its users
-start it, but for the resampling of errors: that takes minutes for F1, and no option switches it off. The data lie
-outside the project; where they are absent this is skipped.
+start it, but for two things: the resampling of errors, which takes minutes for F1 and has no option to switch it off,
+and that the three calls share a process, which loads the libraries and the list of tasks once. The data lie outside the
+project; where they are absent this is skipped.
 """
 
 from __future__ import annotations
@@ -34,10 +35,13 @@ TASKS = {
 LIMIT = 8
 ROWS = 8
 HARNESS = """
+import json, sys
 import lm_eval.evaluator_utils
 lm_eval.evaluator_utils.stderr_for_metric = lambda **_: None
 from lm_eval.__main__ import cli_evaluate
-cli_evaluate()
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["lm_eval", *words]
+    cli_evaluate()
 """
 
 
@@ -83,28 +87,51 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def theirs(root: Path, name: str, model: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """What `lm_eval` prints for a model: metrics by task, and the samples it logs."""
+@pytest.fixture(scope="module")
+def theirs(root: Path) -> dict[str, tuple[dict[str, Any], dict[str, list[Any]]]]:
+    """What `lm_eval` prints for each model: metrics by task, and the samples it logs."""
     import lm_eval
 
+    models = {
+        "base": f"pretrained={STORIES}",
+        "patch": f"pretrained={STORIES},peft={root / 'patch'}",
+        "ported": f"pretrained={root / 'ported'}",
+    }
     own = Path(lm_eval.__file__).parent / "tasks"
-    (root / "tasks").mkdir(exist_ok=True)
+    (root / "tasks").mkdir()
     for task, file in TASKS.items():
         splits = {path.stem: str(path) for path in sorted((root / "data" / task).glob("*.parquet"))}
         told = {"include": str(own / file), "task": task, "dataset_path": "parquet", "dataset_name": None}
         (root / "tasks" / f"{task}.yaml").write_text(json.dumps({**told, "dataset_kwargs": {"data_files": splits}}))
     files = [str(root / "tasks" / f"{task}.yaml") for task in TASKS]
-    words = ["run", "--model", "hf", "--model_args", model, "--tasks", *files, "--num_fewshot", "0"]
-    words += ["--batch_size", str(ROWS), "--limit", str(LIMIT), "--log_samples", "--output_path", str(root / name)]
-    command = [sys.executable, "-W", "ignore", "-c", HARNESS, *words]
+    common = [
+        "--tasks",
+        *files,
+        "--num_fewshot",
+        "0",
+        "--batch_size",
+        str(ROWS),
+        "--limit",
+        str(LIMIT),
+        "--log_samples",
+    ]
+    calls = [
+        ["run", "--model", "hf", "--model_args", model, *common, "--log_samples", "--output_path", str(root / name)]
+        for name, model in models.items()
+    ]
+    command = [sys.executable, "-W", "ignore", "-c", HARNESS, json.dumps(calls)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, done.stderr
-    (results,) = (root / name).rglob("results_*.json")
+    return {name: _printed(root / name) for name in models}
+
+
+def _printed(folder: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    (results,) = folder.rglob("results_*.json")
     metrics = {
         task: {k: v for k, v in row.items() if isinstance(v, int | float) and k != "sample_len"}
         for task, row in json.loads(results.read_text())["results"].items()
     }
-    logged = {task: next((root / name).rglob(f"samples_{task}_*.jsonl")).read_text().splitlines() for task in TASKS}
+    logged = {task: next(folder.rglob(f"samples_{task}_*.jsonl")).read_text().splitlines() for task in TASKS}
     return metrics, {task: [json.loads(line) for line in lines] for task, lines in logged.items()}
 
 
@@ -123,13 +150,10 @@ def ours(root: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["base", "patch", "ported"])
-def test_every_metric_and_every_answer_is_the_harness_s(root: Path, ours: dict[str, Any], name: str) -> None:
-    models = {
-        "base": f"pretrained={STORIES}",
-        "patch": f"pretrained={STORIES},peft={root / 'patch'}",
-        "ported": f"pretrained={root / 'ported'}",
-    }
-    metrics, logged = theirs(root, name, models[name])
+def test_every_metric_and_every_answer_is_the_harness_s(
+    ours: dict[str, Any], theirs: dict[str, Any], name: str
+) -> None:
+    metrics, logged = theirs[name]
     assert {task: dict(ours[name, task].metrics) for task in TASKS} == metrics
     for task, lines in logged.items():
         by_document = {sample.doc_id: sample for sample in ours[name, task].documents}

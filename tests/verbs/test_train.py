@@ -44,6 +44,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(base=root / "base", data=root / "data")
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_run_again_it_makes_the_same_bytes(work: SimpleNamespace, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(work.base), str(work.data), str(tmp_path / "there" / "out")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
