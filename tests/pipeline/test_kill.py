@@ -35,7 +35,11 @@ def small(project: Callable[..., Any]) -> Any:
     return one
 
 
-def test_a_pipeline_killed_in_training_is_finished_by_the_next_run(small: Any) -> None:
+def test_a_pipeline_killed_in_training_is_finished_by_the_next_run(small: Any, forked: Path) -> None:
+    alone = small.env["PATH"]
+    small.env["PATH"] = os.pathsep.join([str(forked), alone])  # but for the stage that is killed
+    small.dvc("repro", "-q", "fetch", "prepare@world_sst2")
+    small.env["PATH"] = alone
     running = small.start("repro", "-q", TRAIN)
     partial = small.folder / PATCH.parent / f".{PATCH.name}.partial"
     stage = _wait_for_stage(running.pid, partial)
@@ -45,6 +49,7 @@ def test_a_pipeline_killed_in_training_is_finished_by_the_next_run(small: Any) -
     assert not alive, "a stage outlived its pipeline"
     assert not (small.folder / PATCH).exists()
 
+    small.env["PATH"] = os.pathsep.join([str(forked), alone])
     file = small.folder / "params.yaml"
     file.write_text(file.read_text(encoding="utf-8").replace("max_steps: 100000", "max_steps: 3"), encoding="utf-8")
     small.dvc("repro", "-q", TRAIN)
