@@ -13,6 +13,13 @@ WORKSPACE := workspaces/$(PROFILE)
 THERE := $(if $(PROFILE),cd '$(WORKSPACE)' && )
 export PATH := $(BIN):$(PATH)
 
+# DVC stops in a tree without git, such as an exported archive, unless core.no_scm is set
+define ALLOW_NO_GIT
+{ git rev-parse --git-dir >/dev/null 2>&1 || grep -qs no_scm .dvc/config.local || { \
+  dvc config --local core.no_scm true && \
+  echo 'note: no git repository here, so core.no_scm is set; after git init: dvc config --local --unset core.no_scm'; }; }
+endef
+
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -26,6 +33,7 @@ $(READY): pyproject.toml constraints.txt setup.py portllm/algebra/_sums.c portll
 	touch $@
 
 repro: $(READY) $(if $(PROFILE),doctor) ## rebuild the whole experiment (dvc repro); with PROFILE=NAME that of profiles/NAME.yaml
+	@$(THERE)$(ALLOW_NO_GIT)
 	$(THERE)dvc repro
 
 doctor: $(READY) $(if $(PROFILE),workspace) ## what the experiment needs, and whether this machine has it
@@ -66,6 +74,8 @@ check: $(READY) ## lint, types and the architecture's laws
 	lint-imports --no-cache
 
 seeds: $(READY) ## repeat the experiment with other seeds: make seeds SEEDS="1 2"
+	@git rev-parse --git-dir >/dev/null 2>&1 || { echo 'make seeds: dvc exp stores its runs in git, and there is no' \
+	  'repository here; create one: git init && git add -A && git commit -m "Start"'; exit 1; }
 	for seed in $(SEEDS); do dvc exp run --temp --name seed-$$seed \
 	  -S prepare.seed=$$seed -S fetch.seed=$$seed -S evolve.seed=$$seed -S train.seed=$$seed || exit 1; done
 	python benchmarks/seeds.py

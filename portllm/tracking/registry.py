@@ -8,12 +8,15 @@ MLflow copies the checkpoint into its artifacts, so a version outlives the next 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from portllm.checkpoint.files.names import links
 from portllm.errors import TrackingError
 from portllm.tracking import store
 from portllm.tracking.messages import Registered, in_alphabet
@@ -108,14 +111,15 @@ def _create_model(client: MlflowClient, request: Mapping[str, Any]) -> None:
 def _log_model(client: MlflowClient, run_id: str, request: Mapping[str, Any]) -> str:
     import mlflow
 
-    is_adapter = (Path(request["checkpoint"]) / "adapter_config.json").is_file()
+    checkpoint = Path(request["checkpoint"])
+    is_adapter = (checkpoint / "adapter_config.json").is_file()
     packages = (*_REQUIREMENTS, *(_ADAPTER_REQUIREMENTS if is_adapter else ()))
     mlflow.set_tracking_uri(client.tracking_uri)
-    with mlflow.start_run(run_id=run_id):
+    with mlflow.start_run(run_id=run_id), _without_links(checkpoint) as folder:
         info = mlflow.pyfunc.log_model(
             name=f"{request['name']}-{request['release']}".replace(".", "_"),
             python_model=str(GENERATOR),
-            artifacts={"checkpoint": request["checkpoint"]},
+            artifacts={"checkpoint": str(folder)},
             model_config={"max_new_tokens": 32, **(_ADAPTER_CONFIG if is_adapter else {})},
             # named here: MLflow would otherwise load the model in another process to see what it imports
             pip_requirements=[f"{package}=={_public_version(package)}" for package in packages],
@@ -124,6 +128,21 @@ def _log_model(client: MlflowClient, run_id: str, request: Mapping[str, Any]) ->
     for key, value in request["metrics"].items():
         client.log_metric(run_id, f"{request['task']}/{in_alphabet(key)}", value, model_id=info.model_id)
     return str(info.model_id)
+
+
+@contextlib.contextmanager
+def _without_links(checkpoint: Path) -> Iterator[Path]:
+    """Yield `checkpoint`, or a directory of its name without links: MLflow refuses links, those of DVC included."""
+    if not links.has_links(checkpoint):
+        yield checkpoint
+        return
+    root = links.dvc_root(checkpoint)
+    # DVC's own folder for temporary files: outside git, and mostly on the file system of the cache
+    place = root / links.DVC / "tmp" if root is not None else None
+    with tempfile.TemporaryDirectory(prefix="portllm-", dir=place if place and place.is_dir() else None) as parent:
+        folder = Path(parent) / checkpoint.name
+        links.materialise(checkpoint, folder)
+        yield folder
 
 
 def _set_alias(client: MlflowClient, request: Mapping[str, Any], version: str) -> str:

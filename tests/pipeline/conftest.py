@@ -109,3 +109,22 @@ def project(tmp_path: Path) -> Callable[..., Project]:
         return one
 
     return make
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory, forked: Path) -> Project:
+    """The project's files without git, as an exported archive has them, ready for `make`; `portllm` is forked."""
+    folder = tmp_path_factory.mktemp("archive") / "project"
+    for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore", "Makefile", "dvc.yaml", "params.yaml"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    for name in (".dvc/plots", "portllm", "data/local"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "constraints.txt", "setup.py"):  # what the Makefile's .venv depends on
+        shutil.copy(ROOT / name, folder / name)
+    commands = folder / ".venv" / "bin"
+    commands.mkdir(parents=True)
+    (commands / "portllm").symlink_to(forked / "portllm")
+    (commands / "dvc").symlink_to(BIN / "dvc")
+    return Project(folder, [])

@@ -10,9 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from portllm.checkpoint.files.hashing import Algorithm, file_digest
+from portllm.checkpoint.files.links import SNAPSHOTS
 
-# hub caches keep a repository's files in …/models--OWNER--NAME/snapshots/REVISION
-SNAPSHOTS = "snapshots"
 # huggingface_hub's rules for a repository's name: 96 characters, no --, no .., not ending in .git
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _HUB_NAME = re.compile(rf"(?:{_PART}/)?{_PART}")

@@ -15,8 +15,7 @@ from pathlib import Path, PurePosixPath
 from portllm.checkpoint.base.checkpoint import Checkpoint
 from portllm.checkpoint.files import hashing as fingerprint
 from portllm.checkpoint.files.headers import Header
-from portllm.checkpoint.files.names import TOKENIZER, WEIGHT_SUFFIXES
-from portllm.checkpoint.record.provenance import SNAPSHOTS
+from portllm.checkpoint.files.names import TOKENIZER, WEIGHT_SUFFIXES, links
 from portllm.checkpoint.record.records import PortRecord
 from portllm.checkpoint.writing.writer import Meter
 from portllm.errors import CheckpointError, UnsafeFileError, VerificationError
@@ -121,26 +120,16 @@ def _inside(folder: Path, name: str) -> Path:
         )
     path = folder.joinpath(*parts)
     try:
-        real = path.resolve(strict=True)
+        real = links.resolve(path, folder)
     except (OSError, RuntimeError) as error:
         raise VerificationError(
             f"{path}: is in {PortRecord.FILE} and not in the directory, expected every file the port wrote; port again"
         ) from error
-    if not real.is_relative_to(_root(folder)):
-        raise UnsafeFileError(f"{path}: is a link that leads out of the directory; do not trust it, port again")
     if not real.is_file():
         raise VerificationError(
             f"{path}: expected the file that {PortRecord.FILE} names, found another kind; port again"
         )
     return path
-
-
-def _root(folder: Path) -> Path:
-    # a snapshot in a hub cache is made of links to the blobs beside it
-    own = folder.absolute()
-    if own.parent.name == SNAPSHOTS and own.parent.parent.name.startswith("models--"):
-        return own.parent.parent.resolve()
-    return folder.resolve()
 
 
 def _present(folder: Path) -> Iterator[str]:
