@@ -9,7 +9,7 @@ from pathlib import Path
 from portllm.checkpoint.card import patch_card
 from portllm.checkpoint.fingerprint import fingerprint
 from portllm.checkpoint.output import kept, staged
-from portllm.checkpoint.provenance import git_commit, public_name, revision, versions
+from portllm.checkpoint.provenance import public_name, revision, versions
 from portllm.checkpoint.records import PatchRecord, Source
 from portllm.lm.data import tasks
 from portllm.lm.learning import loading, patching, training
@@ -66,7 +66,6 @@ def run(
             params={k: v for k, v in as_tree(params).items() if k != "per_task"},
             metrics=made.metrics,
             versions=versions("torch", "transformers", "peft"),
-            git_commit=git_commit(),
         )
         (folder / "README.md").write_text(patch_card(record), encoding="utf-8")
         record.write(folder)
