@@ -80,6 +80,9 @@ seeds: $(READY) ## repeat the experiment with other seeds: make seeds SEEDS="1 2
 	  -S prepare.seed=$$seed -S fetch.seed=$$seed -S evolve.seed=$$seed -S train.seed=$$seed || exit 1; done
 	python benchmarks/seeds.py
 
+costs: $(READY) ## report what the stages cost on this machine (results/cost, which DVC and git do not track)
+	$(THERE)portllm report --costs
+
 ui: $(READY) ## browse the runs and the registered models in MLflow
 	@echo "open http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning"
 	$(THERE)MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
@@ -93,4 +96,4 @@ clean: ## remove caches and what make setup made (results and DVC's cache stay)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup repro doctor workspace test test-fast check seeds ui constraints clean
+.PHONY: help setup repro doctor workspace test test-fast check seeds costs ui constraints clean

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from portllm.verbs.doctor import Diagnosis
     from portllm.verbs.evaluate import Evaluation
     from portllm.verbs.register import RegisterRecord
-    from portllm.verbs.report import ReportRecord
+    from portllm.verbs.report import CostRecord, ReportRecord
     from portllm.verbs.verify import VerifyRecord
 
 Name = str | Path
@@ -287,26 +287,31 @@ def evaluate(
 
 def report(
     *,
-    out: Name,
     models: Name = Path("models"),
     results: Name = Path("results"),
     metrics: Name = Path("results/metrics.json"),
     plots: Name = Path("results/plots"),
+    costs: bool = False,
+    out: Name | None = None,
     force: bool = False,
     params: Params | sections.ReportParams | Name | None = None,
     **options: Unpack[keywords.ReportOptions],
-) -> ReportRecord:
+) -> ReportRecord | CostRecord:
     """Write tables and plots of all arms to `out`, as Markdown and one HTML page; `params` has tasks and releases.
 
-    Raises PortllmError.
+    With `costs`, write the page of what the stages cost on this machine instead. `out` is RESULTS/report by default, or
+    RESULTS/cost/report. Raises PortllmError.
     """
     from portllm.verbs import report as verb
 
     tree, section = section_of(params, "report", sections.ReportParams, options)
+    tree, results = dataclasses.replace(tree, report=section), Path(results)
+    if costs:
+        place = results / "cost"
+        return verb.run_costs(params=tree, costs=place, out=Path(out or place / "report"), force=force or out is None)
     return verb.run(
-        params=dataclasses.replace(tree, report=section), models=Path(models), evaluated=Path(results) / "evaluate",
-        costs=Path(results) / "cost", out=Path(out), metrics=Path(metrics), plots=Path(plots), force=force,
-        on_note=_note,
+        params=tree, models=Path(models), evaluated=results / "evaluate", out=Path(out or results / "report"),
+        metrics=Path(metrics), plots=Path(plots), force=force, on_note=_note,
     )  # fmt: skip
 
 

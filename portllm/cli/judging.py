@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from portllm import params
-from portllm.cli.options import DIRECTORY, FORCE, JSON, OUT, apply, common, of_section
+from portllm.cli.options import DIRECTORY, FORCE, JSON, apply, common, of_section
 from portllm.cli.running import Common, answer, measured, stage
 
 if TYPE_CHECKING:
@@ -70,14 +71,21 @@ def verify(
 @click.option(
     "--models", type=DIRECTORY, default=Path("models"), show_default=True, help="releases/, patches/ and ported/."
 )
-@click.option("--results", type=DIRECTORY, default=Path("results"), show_default=True, help="evaluate/ and cost/.")
+@click.option("--results", type=DIRECTORY, default=Path("results"), show_default=True, help="evaluate/, or cost/.")
 @click.option(
     "--metrics", type=DIRECTORY, default=Path("results/metrics.json"), show_default=True, help="JSON to write."
 )
 @click.option(
     "--plots", type=DIRECTORY, default=Path("results/plots"), show_default=True, help="CSV directory to write."
 )
-@OUT
+@click.option(
+    "--costs", is_flag=True, help="Report seconds and memory of the stages on this machine instead (RESULTS/cost)."
+)
+@click.option(
+    "--out",
+    type=DIRECTORY,
+    help="Directory to write; it appears complete or not at all [default: RESULTS/report, or RESULTS/cost/report].",
+)
 @FORCE
 @of_section("report", params.ReportParams)
 @common
@@ -86,29 +94,53 @@ def report(
     results: Path,
     metrics: Path,
     plots: Path,
-    out: Path,
+    costs: bool,
+    out: Path | None,
     force: bool,
     opts: Common,
     **flags: Any,
 ) -> None:
     """Tables and plots of all arms, as Markdown and one self-contained HTML page.
 
+    What the stages cost differs from run to run, so it has a page of its own: --costs.
+
     \b
-    Example:
+    Examples:
       portllm report --params params.yaml --out results/report --force
+      portllm report --costs
     """
     from portllm.lineage import of_report
     from portllm.verbs import report as verb
 
+    if costs:
+        _report_costs(results, out, force, opts)
+        return
+    out = out or results / "report"
     whole = params.load(opts.params_file)
     whole = dataclasses.replace(whole, report=apply(whole.report, flags, where="report"))
     with stage("report", name="report", section=whole.report, opts=opts) as running:
         record = verb.run(
-            params=whole, models=models, evaluated=results / "evaluate", costs=results / "cost",
-            out=out, metrics=metrics, plots=plots, force=force, on_note=running.note,
+            params=whole, models=models, evaluated=results / "evaluate", out=out, metrics=metrics, plots=plots,
+            force=force, on_note=running.note,
         )  # fmt: skip
         running.finish(**of_report(record, out, metrics))
     answer(dataclasses.asdict(record), as_json=opts.as_json, line=f"{record.headline}\n{out / 'report.html'}")
+
+
+def _report_costs(results: Path, out: Path | None, force: bool, opts: Common) -> None:
+    """Write the page of costs; in its default place it replaces the page of an earlier call."""
+    from portllm.verbs import report as verb
+
+    context = click.get_current_context()
+    for name in ("models", "metrics", "plots"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--costs reads and writes no {name}; leave out --{name}.")
+    record = verb.run_costs(
+        params=params.load(opts.params_file or Path("params.yaml")), costs=results / "cost",
+        out=out or results / "cost" / "report", force=force or out is None,
+    )  # fmt: skip
+    page = Path(record.out) / "report.html"
+    answer(dataclasses.asdict(record), as_json=opts.as_json, line=f"{record.headline}\n{page}")
 
 
 @click.command(short_help="Ported models into the MLflow model registry.")

@@ -184,8 +184,7 @@ class Stage:
     def finish(self, **told: Any) -> None:
         """Hand the result and what was read and written to the tracker (see tracking.Tracker.finish)."""
         self.close()
-        if self.figures:
-            told["metrics"] = {**(told.get("metrics") or {}), **self.figures}
+        told["metrics"] = {**(told.get("metrics") or {}), **self.figures, **measured()}
         self.tracker.finish(**told)
 
     def find(self, name: str) -> Path:
@@ -264,6 +263,7 @@ def measured() -> dict[str, float]:
 
 
 def _write_cost(path: Path, cost: Mapping[str, Any]) -> None:
+    """Write what this call cost: an observation, in no record and no output of DVC."""
     from portllm.checkpoint.files.output import staged_file
     from portllm.checkpoint.record.records import dumps
 

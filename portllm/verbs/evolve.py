@@ -7,7 +7,7 @@ from pathlib import Path
 from portllm.checkpoint.base.comparison import changes
 from portllm.checkpoint.files.hashing import fingerprint
 from portllm.checkpoint.files.output import kept, refuse, staged
-from portllm.checkpoint.record.provenance import digests, git_commit, public_name, revision, versions
+from portllm.checkpoint.record.provenance import digests, public_name, revision, versions
 from portllm.checkpoint.record.records import ReleaseRecord, Source
 from portllm.errors import DataError
 from portllm.lm.learning import pretraining
@@ -54,7 +54,6 @@ def _trained(
             probe=made.known(corpus),
             metrics=made.metrics,
             versions=versions("torch", "transformers", "peft"),
-            git_commit=git_commit(),
         )
         record.write(folder)
     return record
@@ -73,7 +72,6 @@ def _real(base: Path, out: Path, source: str, force: bool, watch: releases.Watch
             changes=differs,
             params={"source": source} if hub.is_hub_id(source) else {},
             versions=versions("huggingface_hub"),
-            git_commit=git_commit(),
         )
         record.write(folder)
     return record

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from portllm.checkpoint.files.hashing import fingerprint
 from portllm.checkpoint.files.output import kept, refuse, staged
-from portllm.checkpoint.record.provenance import digests, git_commit, versions
+from portllm.checkpoint.record.provenance import digests, versions
 from portllm.checkpoint.record.records import ReleaseRecord
 from portllm.errors import DataError
 from portllm.lm.learning import pretraining
@@ -53,7 +53,6 @@ def _pretrained(out: Path, params: FetchParams, corpus: Path, force: bool, watch
             probe=made.known(corpus),
             metrics=made.metrics,
             versions=versions("torch", "transformers"),
-            git_commit=git_commit(),
         )
         record.write(folder)
     return record
@@ -70,7 +69,6 @@ def _real(out: Path, params: FetchParams, force: bool, watch: releases.Watch) ->
             # a directory's name may be this machine's own
             params={"source": params.source} if hub.is_hub_id(params.source) else {},
             versions=versions("huggingface_hub"),
-            git_commit=git_commit(),
         )
         record.write(folder)
     return record

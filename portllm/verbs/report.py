@@ -1,4 +1,4 @@
-"""report: tables and pictures of all arms, as Markdown and one self-contained HTML page."""
+"""report: tables and pictures of all arms, or of the costs, as Markdown and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from portllm import reporting
 from portllm.checkpoint.files.output import staged, staged_file
 from portllm.checkpoint.record.records import dumps
+from portllm.errors import OutputError
 from portllm.params import Params
-from portllm.reporting import canvas, evidence, exports, pages, pictures, sections
-from portllm.reporting.findings import Findings, find
-from portllm.reporting.headline import paragraph
+from portllm.reporting.rendering import exports
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportRecord:
-    """Where the report went, the paragraph at its top, and its numbers."""
+    """Where the report was written, the paragraph at its top, and its numbers."""
 
     out: str
     metrics_path: str
@@ -26,45 +26,63 @@ class ReportRecord:
     metrics: Mapping[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class CostRecord:
+    """Where the page of costs was written, the paragraph at its top, and the executions without a cost file."""
+
+    out: str
+    headline: str
+    absent: tuple[str, ...]
+
+
 def run(
     *,
     params: Params,
     models: Path,
     evaluated: Path,
-    costs: Path,
     out: Path,
     metrics: Path,
     plots: Path,
     force: bool = False,
     on_note: Callable[[str], object] = lambda _: None,
 ) -> ReportRecord:
-    """Write `out`/report.{md,html} and pictures, `metrics` (JSON) and `plots`/*.csv, each whole or not at all.
+    """Write `out`/report.{md,html} and pictures, `metrics` (JSON) and `plots`/*.csv, each complete or not at all.
 
-    Reads models/{releases,patches}, `evaluated`/<release>.json with samples, and whatever is under `costs`, of the
-    tasks and releases that `params` names; a note says what else is on the disk.
+    Reads models/{releases,patches} and `evaluated`/<release>.json with samples, of the tasks and releases that `params`
+    names; a note names what else is on the disk. The same inputs give the same bytes.
     Raises DataError for missing or wrong inputs, OutputError where an output may not be written.
     """
-    if orphans := evidence.orphans(params=params, models=models, evaluated=evaluated):
+    if orphans := reporting.orphans(params=params, models=models, evaluated=evaluated):
         names = ", ".join(map(str, orphans))
         on_note(f"left out, since `tasks` and `releases` of params.yaml do not name them: {names}; remove or add them")
-    seen = evidence.read(params=params, models=models, evaluated=evaluated, costs=costs)
-    found = find(seen, params=params, models=models)
-    numbers = exports.metrics(found)
-    with staged(out, force=force, inputs=(models, evaluated, costs)) as folder:
-        _write_pages(found, folder)
-    with staged(plots, force=force, inputs=(models, evaluated, costs)) as folder:
-        for name, rows in exports.plots(found).items():
+    results = reporting.read(params=params, models=models, evaluated=evaluated)
+    findings = reporting.find(results, params=params, models=models)
+    numbers = exports.metrics(findings)
+    with staged(out, force=force, inputs=(models, evaluated)) as folder:
+        reporting.report_page(findings).write(folder)
+    with staged(plots, force=force, inputs=(models, evaluated)) as folder:
+        for name, rows in exports.plots(findings).items():
             exports.write_csv(folder / name, rows)
     with staged_file(metrics) as partial:
         partial.write_text(dumps(numbers), encoding="utf-8")
     return ReportRecord(
-        out=str(out), metrics_path=str(metrics), plots=str(plots), headline=paragraph(found), metrics=numbers
+        out=str(out),
+        metrics_path=str(metrics),
+        plots=str(plots),
+        headline=reporting.paragraph(findings),
+        metrics=numbers,
     )
 
 
-def _write_pages(found: Findings, folder: Path) -> None:
-    chapters, drawn = sections.build(found), pictures.draw(found)
-    for name, svg in drawn.items():
-        (folder / f"{name}.svg").write_text(canvas.as_file(svg), encoding="utf-8")
-    (folder / "report.md").write_text(pages.markdown(found, chapters, drawn), encoding="utf-8")
-    (folder / "report.html").write_text(pages.html(found, chapters, drawn), encoding="utf-8")
+def run_costs(*, params: Params, costs: Path, out: Path, force: bool = False) -> CostRecord:
+    """Write `out`/report.{md,html} and a picture of what the cost files below `costs` contain, complete or not at all.
+
+    Raises DataError where there is no cost file or a wrong one, OutputError where `out` may not be written.
+    """
+    if costs.resolve().is_relative_to(out.resolve()):
+        raise OutputError(f"{out}: contains the cost files of {costs}; choose another directory")
+    findings = reporting.find_costs(reporting.read_costs(costs), params)
+    page = reporting.cost_page(findings)
+    with staged(out, force=force) as folder:
+        page.write(folder)
+    return CostRecord(out=str(out), headline=" ".join(page.headline), absent=tuple(map(str, findings.absent)))

@@ -9,7 +9,7 @@ from pathlib import Path
 from portllm.checkpoint.files.hashing import fingerprint
 from portllm.checkpoint.files.output import kept, staged
 from portllm.checkpoint.record.card import patch_card
-from portllm.checkpoint.record.provenance import git_commit, public_name, revision, versions
+from portllm.checkpoint.record.provenance import public_name, revision, versions
 from portllm.checkpoint.record.records import PatchRecord, Source
 from portllm.lm.data import tasks
 from portllm.lm.learning import loading, patching, training
@@ -66,7 +66,6 @@ def run(
             params={k: v for k, v in as_tree(params).items() if k != "per_task"},
             metrics=made.metrics,
             versions=versions("torch", "transformers", "peft"),
-            git_commit=git_commit(),
         )
         (folder / "README.md").write_text(patch_card(record), encoding="utf-8")
         record.write(folder)

@@ -1,4 +1,4 @@
-"""Findings made by hand: what the report would have found, without files."""
+"""Findings made by hand, without files."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from typing import Any
 
 import pytest
 
-from portllm.reporting.arms import Cell, Control, Flips, Score, recovery
-from portllm.reporting.costs import CostPair
-from portllm.reporting.evidence import Cost
-from portllm.reporting.findings import Findings
-from portllm.reporting.knowledge import Knowledge
+from portllm.reporting.findings.comparison import ArmScore, Comparison, Control, Flips, Recall, recovery
+from portllm.reporting.findings.summary import Findings
 
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
-def cell(release: str, task: str, values: Mapping[str, float], flips: float | None = 0.02) -> Cell:
+def comparison(release: str, task: str, values: Mapping[str, float], flips: float | None = 0.02) -> Comparison:
     scores = {
-        arm: Score(value=v, low=max(0.0, v - 0.03), high=min(1.0, v + 0.03), samples=100, format=1.0)
+        arm: ArmScore(value=v, low=max(0.0, v - 0.03), high=min(1.0, v + 0.03), samples=100, format=1.0)
         for arm, v in values.items()
     }
-    return Cell(
+    return Comparison(
         release=release,
         task=task,
         metric="acc,none",
@@ -32,19 +29,11 @@ def cell(release: str, task: str, values: Mapping[str, float], flips: float | No
     )
 
 
-def knowledge(release: str, arm: str, share: float, patch_task: str | None = "t1") -> Knowledge:
-    recall = {"changed": share, "new": share, "kept": 0.9}
-    return Knowledge(
-        release=release, corpus=f"corpus_{release}", arm=arm, patch_task=patch_task, recall=recall, perplexity=2.0
+def recall(release: str, arm: str, share: float, patch_task: str | None = "t1") -> Recall:
+    facts = {"changed": share, "new": share, "kept": 0.9}
+    return Recall(
+        release=release, corpus=f"corpus_{release}", arm=arm, patch_task=patch_task, facts=facts, perplexity=2.0
     )
-
-
-def cost_pair(port: float, retune: float) -> CostPair:
-    made = [
-        Cost(stage=s, release="v1", task="t1", wall_seconds=w, peak_rss_bytes=2**28, trainable_parameters=None)
-        for s, w in (("port", port), ("train", retune))
-    ]
-    return CostPair(release="v1", task="t1", port=made[0], retune=made[1])
 
 
 @pytest.fixture
@@ -60,15 +49,15 @@ def make() -> Callable[..., Findings]:
             "probe_threshold": 0.9,
             "probes": {releases[0]: dict.fromkeys(tasks, 1.0)},
             "fingerprints": dict.fromkeys(releases, "ab" * 32),
-            "cells": tuple(cell(r, t, arms) for r, by_task in scores.items() for t, arms in by_task.items()),
+            "comparisons": tuple(
+                comparison(r, t, arms) for r, by_task in scores.items() for t, arms in by_task.items()
+            ),
             "controls": tuple(Control(task=t, pairs=100, differing=0) for t in tasks),
-            "knowledge": (),
+            "recalls": (),
             "drifts": (),
             "residuals": (),
             "unmeasured": (),
             "curves": (),
-            "costs": (),
-            "stages": (),
         }
         return Findings(**{**known, **changes})
 
@@ -82,6 +71,5 @@ def good(make: Callable[..., Findings]) -> Findings:
     first = {"base": 0.5, "tuned": 0.96, "ported": 0.96}
     return make(
         {"v0": {"t1": first, "t2": first}, "v1": {"t1": later, "t2": later}},
-        knowledge=(knowledge("v1", "base", 1.0, None), knowledge("v1", "ported", 0.95), knowledge("v1", "old", 0.04)),
-        costs=(cost_pair(4.0, 16.0),),
+        recalls=(recall("v1", "base", 1.0, None), recall("v1", "ported", 0.95), recall("v1", "old", 0.04)),
     )

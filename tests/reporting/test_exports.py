@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from portllm.reporting import exports
-from portllm.reporting.evidence import Curve
-from portllm.reporting.findings import Findings
-from portllm.reporting.weights import Drift, ModuleDrift
+from portllm.reporting.findings.summary import Findings
+from portllm.reporting.findings.weights import Drift, ModuleDrift
+from portllm.reporting.rendering import exports
+from portllm.reporting.results import TrainingCurve
 
 TEMPLATES = Path(__file__).parents[2] / ".dvc" / "plots"
 
@@ -26,7 +26,7 @@ def leaves(tree: Any) -> list[Any]:
 def full(good: Findings) -> Findings:
     modules = (ModuleDrift(module="m.0.q", layer=0, kind="q", drift_ratio=0.123456789),)
     drift = Drift(release="v1", against="v0", overall=0.1, modules=modules, not_compared=())
-    curve = Curve(release="v0", task="t1", steps=(1, 2), losses=(2.0, 1.0))
+    curve = TrainingCurve(release="v0", task="t1", steps=(1, 2), losses=(2.0, 1.0))
     return dataclasses.replace(good, drifts=(drift,), curves=(curve,))
 
 

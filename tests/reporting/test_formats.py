@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from portllm.reporting import formats as f
+from portllm.reporting.sections import formats as f
 
 
 def test_unknown_is_a_dash_everywhere() -> None:

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from portllm.params import EvolveParams, Params, ReleaseParams
-from portllm.reporting import weights
-from portllm.reporting.weights import Residual, Unmeasured
+from portllm.reporting.findings import weights
+from portllm.reporting.findings.weights import Residual, Unmeasured
 
 PARAMS = Params(tasks=("t",), releases=("v0", "v1"), evolve=EvolveParams(releases={"v1": ReleaseParams(base="v0")}))
 

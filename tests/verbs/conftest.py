@@ -60,12 +60,15 @@ class Tree:
         known = {
             "models": self.root / "models",
             "evaluated": results / "evaluate",
-            "costs": results / "cost",
             "out": results / "report",
             "metrics": results / "metrics.json",
             "plots": results / "plots",
         }
         return {**known, **changes}
+
+    @property
+    def costs(self) -> Path:
+        return self.root / "results" / "cost"
 
     def run(self, **options: Any) -> report.ReportRecord:
         return report.run(params=self.params, **self.paths(), **options)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from portllm.errors import DataError, OutputError
 from portllm.params import EvolveParams, ReleaseParams
-from portllm.reporting import pictures
+from portllm.reporting.rendering import charts
 from portllm.verbs import report
 
 Fabricate = Callable[..., Any]
@@ -44,7 +44,7 @@ def made(fabricate: Fabricate, tmp_path_factory: pytest.TempPathFactory) -> tupl
 @pytest.fixture
 def small(fabricate: Fabricate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A tree of one task and two releases, to be broken; no pictures are drawn."""
-    monkeypatch.setattr(pictures, "draw", lambda _: {})
+    monkeypatch.setattr(charts, "draw", lambda _: {})
     return fabricate(tmp_path, tasks=("world_sst2",), releases=("v0", "v1"), rows=12, layers=1)
 
 
@@ -77,7 +77,7 @@ class Page(HTMLParser):
 def test_everything_is_written(made: tuple[Any, report.ReportRecord]) -> None:
     tree, record = made
     paths = tree.paths()
-    pictures = {f"{name}.svg" for name in ("arms", "knowledge", "drift", "training", "cost")}
+    pictures = {f"{name}.svg" for name in ("arms", "knowledge", "drift", "training")}
     assert {p.name for p in paths["out"].iterdir()} == {"report.md", "report.html"} | pictures
     assert {p.name for p in paths["plots"].iterdir()} == {"scores.csv", "knowledge.csv", "training.csv", "drift.csv"}
     assert json.loads(paths["metrics"].read_text()) == record.metrics
@@ -159,13 +159,20 @@ def test_the_same_results_give_the_same_bytes(made: tuple[Any, report.ReportReco
             assert (again[name] / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_metrics_and_plots_hold_no_clock(small: Any) -> None:
-    small.run()
-    before = small.paths()["metrics"].read_bytes()
-    for path in small.paths()["costs"].rglob("*.json"):
+def test_the_report_does_not_depend_on_costs(fabricate: Fabricate, tmp_path: Path) -> None:
+    """Seconds and memory differ from run to run, so no output of the report contains them (issue 8, item 20)."""
+    tree = fabricate(tmp_path, tasks=("world_sst2",), releases=("v0", "v1"), rows=12, layers=1)
+    tree.run()
+    before = contents(tree.root / "results")
+    for path in tree.costs.rglob("*.json"):
         edit(path, lambda cost: cost.update(wall_seconds=99.0, peak_rss_bytes=1))
-    small.run(force=True)
-    assert small.paths()["metrics"].read_bytes() == before
+    tree.run(force=True)
+    after = contents(tree.root / "results")
+    assert {name for name in before if before[name] != after[name]} == {n for n in before if n.startswith("cost/")}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_release_more_needs_no_code(fabricate: Fabricate, tmp_path: Path) -> None:
@@ -175,10 +182,8 @@ def test_a_release_more_needs_no_code(fabricate: Fabricate, tmp_path: Path) -> N
     assert "On v3 the ported patches" in record.headline
 
 
-def test_without_retuned_arms_costs_or_news_it_still_reports(fabricate: Fabricate, tmp_path: Path) -> None:
+def test_without_retuned_arms_or_news_it_still_reports(fabricate: Fabricate, tmp_path: Path) -> None:
     tree = fabricate(tmp_path, tasks=("world_sst2",), releases=("v0", "v1"), retuned=False, rows=12, layers=1)
-    for path in tree.paths()["costs"].rglob("*.json"):
-        path.unlink()
     edit(
         tree.paths()["evaluated"] / "v1.json",
         lambda found: found.update(results=[r for r in found["results"] if not r["task"].startswith("world_v1")]),
@@ -188,7 +193,6 @@ def test_without_retuned_arms_costs_or_news_it_still_reports(fabricate: Fabricat
     assert "recovery" not in record.metrics["v1"]["world_sst2"]
     text = (tree.paths()["out"] / "report.md").read_text()
     assert "R is not known" in text
-    assert "No cost was recorded" in text
     assert "| world_sst2 |" in text
 
 
@@ -384,3 +388,51 @@ def _remove_orphans(tree: Any) -> None:
             ]
 
         edit(results / "evaluate" / f"{release}.json", keep_named)
+
+
+def test_costs_have_a_page_of_their_own(made: tuple[Any, report.ReportRecord], tmp_path: Path) -> None:
+    """The page compares ports with re-tuning, adds up the stages and names those without a file (issue 8, item 20)."""
+    tree, _ = made
+    record = report.run_costs(params=tree.params, costs=tree.costs, out=tmp_path / "costs")
+    assert {p.name for p in (tmp_path / "costs").iterdir()} == {"report.md", "report.html", "cost.svg"}
+    text = (tmp_path / "costs" / "report.md").read_text()
+    assert "| v2 | world_gsm8k | 3." in text
+    assert re.search(r"Porting took \d+ s in all where re-tuning took \d+ s: 4\.\d× faster", text)
+    assert "| train | 12 |" in text
+    assert record.absent == ("fetch/v0", "evolve/v1", "evolve/v2", "evaluate/v0", "evaluate/v1", "evaluate/v2")
+    assert "Without a cost file: fetch/v0, evolve/v1" in text
+    assert "24 of 30 executions" in record.headline
+    page = Page((tmp_path / "costs" / "report.html").read_text())
+    assert page.loads == []
+    assert set(page.targets) <= set(page.ids)
+
+
+def test_costs_of_a_removed_task_are_named_and_not_counted(fabricate: Fabricate, tmp_path: Path) -> None:
+    tree = fabricate(tmp_path, tasks=("world_sst2", "world_mrpc"), releases=("v0", "v1"), rows=12, layers=1)
+    tree.params = replace(tree.params, tasks=("world_sst2",))
+    record = report.run_costs(params=tree.params, costs=tree.costs, out=tmp_path / "costs")
+    text = (tmp_path / "costs" / "report.md").read_text()
+    assert "| port | 2 |" in text
+    assert "no such task or release: port/v0/world_mrpc, port/v1/world_mrpc" in text
+    assert "world_mrpc" not in "".join(record.absent)
+
+
+def test_costs_that_are_not_there_or_wrong_are_refused(small: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere: contains no cost file"):
+        report.run_costs(params=small.params, costs=tmp_path / "nowhere", out=tmp_path / "out")
+    with pytest.raises(OutputError, match="contains the cost files"):
+        report.run_costs(params=small.params, costs=small.costs, out=small.costs.parent, force=True)
+    (small.costs / "port" / "v1-world_sst2.json").write_text('{"stage": "port"}')
+    with pytest.raises(DataError, match=r"v1-world_sst2\.json: not a cost file of ours"):
+        report.run_costs(params=small.params, costs=small.costs, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_patch_of_a_removed_task_is_in_no_table(fabricate: Fabricate, tmp_path: Path) -> None:
+    """A task removed from params has no row, average or plot in the report (issue 8, item 8)."""
+    tree = fabricate(tmp_path, tasks=("world_sst2", "world_mrpc"), releases=("v0", "v1"), rows=12, layers=1)
+    tree.params = replace(tree.params, tasks=("world_sst2",))
+    record = tree.run()
+    assert "world_mrpc" not in json.dumps({name: {**v, "probe": {}} for name, v in record.metrics.items()})
+    assert all("world_mrpc" not in path.read_text() for path in tree.paths()["plots"].iterdir())
+    assert "world_mrpc" not in (tree.paths()["out"] / "report.md").read_text()

@@ -1,11 +1,10 @@
-"""What a record says of how its directory came to be: package versions, the commit, names without machine paths."""
+"""What a record contains about its origin: package versions, digests, names without machine paths."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import re
-import subprocess  # noqa: S404  (git is asked one fixed question)
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,18 +22,11 @@ COMPUTING = ("numpy", "torch")
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The installed versions of portllm and `packages`, for a record."""
-    return {name: importlib.metadata.version(name) for name in ("portllm", *packages)}
+    """Return the installed versions of portllm and `packages`, without a build's label.
 
-
-def git_commit(folder: Path | None = None) -> str | None:
-    """The commit checked out in `folder` (default: here), or None outside a repository."""
-    try:
-        command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
-        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return answer.stdout.strip() or None
+    torch is 2.13.0 from one package index and 2.13.0+cpu from another: records name the version of both.
+    """
+    return {name: importlib.metadata.version(name).partition("+")[0] for name in ("portllm", *packages)}
 
 
 def is_hub_name(name: str) -> bool:

@@ -21,6 +21,8 @@ from portllm.checkpoint.files.hashing import Algorithm
 from portllm.errors import CheckpointError
 
 SCHEMA_VERSION = 1  # of every record but port.json, whose second version has BLAKE3 where the first has SHA-256
+# what earlier versions recorded and this one does not: the commit is in MLflow
+RETIRED = frozenset({"git_commit"})
 Kind = TypeVar("Kind", bound="Record")
 
 
@@ -63,6 +65,7 @@ class Record:
     @classmethod
     def _from_tree(cls: type[Kind], tree: Mapping[str, Any], path: Path) -> Kind:
         hints = typing.get_type_hints(cls)
+        tree = {key: value for key, value in tree.items() if key not in RETIRED}
         names = {f.name for f in dataclasses.fields(cls)}
         if tree.get("schema_version") not in cls.VERSIONS or not set(tree) <= names:
             raise CheckpointError(f"{path}: expected schema version {cls.VERSIONS[-1]} of {cls.FILE}; make it again")
@@ -114,7 +117,6 @@ class PatchRecord(Record):
     params: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    git_commit: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +173,6 @@ class ReleaseRecord(Record):
     probe: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    git_commit: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

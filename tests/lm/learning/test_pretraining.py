@@ -27,13 +27,6 @@ SHAPE = ArchitectureParams(hidden_size=16, intermediate_size=24, layers=1, heads
 SCRATCH = FetchParams(source="scratch", vocab_size=270, block_length=16, architecture=SHAPE, optim=OPTIM)
 
 
-@pytest.fixture(autouse=True)
-def one_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody may commit between two runs that are compared."""
-    for verb in (evolve, fetch):
-        monkeypatch.setattr(verb, "git_commit", lambda: None)
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
