@@ -91,7 +91,18 @@ def options_of(verb: str) -> dict[str, Any]:
 
 # names that api.py imports for its annotations alone
 EVERYTHING: Mapping[str, Any] = dict.fromkeys(
-    ("Plan", "Listed", "Registered", "Diagnosis", "Evaluation", "RegisterRecord", "ReportRecord", "VerifyRecord"), Any
+    (
+        "Plan",
+        "Listed",
+        "Registered",
+        "Diagnosis",
+        "Evaluation",
+        "RegisterRecord",
+        "ReportRecord",
+        "CostRecord",
+        "VerifyRecord",
+    ),
+    Any,
 )
 
 
