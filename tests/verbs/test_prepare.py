@@ -110,7 +110,7 @@ def test_completions_may_be_choices(tmp_path: Path) -> None:
         assert config["doc_to_choice"][row["label"]] == row["completion"]
     lines(tmp_path / "data" / "odd" / "train.jsonl", given)
     lines(tmp_path / "data" / "odd" / "test.jsonl", [{"prompt": "x", "completion": "neither"}])
-    with pytest.raises(DataError, match="row 0 of test: ' neither' is no completion of a training row"):
+    with pytest.raises(DataError, match="row 0 of test: ' neither' is not the completion of a training row"):
         made(tmp_path, "odd", output_type="multiple_choice")
 
 
