@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.files.names import links
+from portllm.checkpoint.files import links
 from portllm.errors import TrackingError
 from portllm.tracking import store
 from portllm.tracking.messages import Registered, in_alphabet

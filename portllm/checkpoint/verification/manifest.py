@@ -14,8 +14,9 @@ from pathlib import Path, PurePosixPath
 
 from portllm.checkpoint.base.checkpoint import Checkpoint
 from portllm.checkpoint.files import hashing as fingerprint
+from portllm.checkpoint.files import links
 from portllm.checkpoint.files.headers import Header
-from portllm.checkpoint.files.names import TOKENIZER, WEIGHT_SUFFIXES, links
+from portllm.checkpoint.files.names import TOKENIZER, WEIGHT_SUFFIXES
 from portllm.checkpoint.record.records import PortRecord
 from portllm.checkpoint.writing.writer import Meter
 from portllm.errors import CheckpointError, UnsafeFileError, VerificationError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from portllm.checkpoint.files.names import links
+from portllm.checkpoint.files import links
 from portllm.errors import UnsafeFileError
 
 DEFAULT, OBJECT = Path(".dvc/cache"), "files/md5/7c/ac41f58325c757764a253daa7e2c73"
