@@ -1,6 +1,6 @@
 """Every error portllm raises on purpose, as one tree.
 
-    PortllmError                  the input or the world is wrong: one line, exit 1
+    PortllmError                  a wrong input or environment: one line, exit 1
     ├── ParamsError               params.yaml or a flag: unknown key, wrong type, impossible value
     ├── DataError                 a dataset: missing split or column, bad label, overlap between splits
     ├── CheckpointError           a checkpoint directory cannot be used as it is
@@ -11,13 +11,13 @@
     │   ├── ShapeError            a patch tensor does not fit its base tensor
     │   └── UnmatchedModulesError patch tensors without a counterpart in the base
     ├── OutputError               OUT exists, is one of the inputs, is being written, or does not fit on the disk
-    ├── VerificationError         a ported directory is not what its port.json says, or not what base and patch make
-    ├── HubError                  the hub cannot be reached, refuses, or its answer makes no sense
-    ├── EvaluationError           a task or a metric is not what the harness needs
-    ├── MachineError              the machine lacks what was asked for: memory, a GPU, a library, another process
+    ├── VerificationError         a ported directory differs from its port.json, or from the result of base and patch
+    ├── HubError                  the hub cannot be reached, refuses, or answers something else than expected
+    ├── EvaluationError           a task, a metric or a model is not as the harness needs it
+    ├── MachineError              the machine lacks memory, a GPU, a library, or another process of the same job
     └── TrackingError             the tracking store or the model registry refuses
 
-The message says what, what was expected, what was found, and the next step.
+A message has the place, the expected and the found value, and the next step.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ MAX_CHARACTERS = 900
 
 
 class PortllmError(Exception):
-    """Root of every error raised on purpose; its text is one line fit for a terminal."""
+    """Root of every error raised on purpose; its text is one line, safe for a terminal."""
 
     def __str__(self) -> str:
-        # names out of hostile files may hold line breaks, colours or a megabyte
+        # names from hostile files may contain line breaks, colours or a megabyte
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
         half = MAX_CHARACTERS // 2
         return text if len(text) <= MAX_CHARACTERS else f"{text[:half]} […] {text[-half:]}"
 
 
 class ParamsError(PortllmError):
-    """params.yaml or a flag holds an unknown key, an ill-typed or an impossible value."""
+    """params.yaml or a flag has an unknown key, an ill-typed or an impossible value."""
 
 
 class DataError(PortllmError):
-    """A dataset lacks a split or column, holds a bad value, or its splits overlap."""
+    """A dataset lacks a split or column, has a bad value, or its splits overlap."""
 
 
 class CheckpointError(PortllmError):
@@ -64,11 +64,11 @@ class UnsupportedPatchError(PatchError):
 
 
 class ShapeError(PatchError):
-    """A patch tensor does not fit the base tensor it is for."""
+    """A patch tensor does not fit its base tensor."""
 
 
 class UnmatchedModulesError(PatchError):
-    """The patch holds modules that the base does not have."""
+    """The patch has modules that the base does not have."""
 
 
 class OutputError(PortllmError):
@@ -76,19 +76,19 @@ class OutputError(PortllmError):
 
 
 class VerificationError(PortllmError):
-    """A ported directory is not what its port.json says, or not what its base and patch make."""
+    """A ported directory differs from its port.json, or from the result of its base and patch."""
 
 
 class HubError(PortllmError):
-    """The hub cannot be reached, refuses, or what it holds must not be mixed with what is pushed."""
+    """The hub cannot be reached, refuses, or contains files that must not be mixed with pushed ones."""
 
 
 class EvaluationError(PortllmError):
-    """A task, a metric or a model is not what the evaluation harness needs."""
+    """A task, a metric or a model is not as the evaluation harness needs it."""
 
 
 class MachineError(PortllmError):
-    """The machine lacks what was asked for: memory, a GPU, an optional library, another process of the same job."""
+    """The machine lacks memory, a GPU, an optional library, or another process of the same job."""
 
 
 class TrackingError(PortllmError):

@@ -1,8 +1,7 @@
 """params.yaml as frozen dataclasses: one section per pipeline stage, each default in one place.
 
-The defaults are the values of the PortLLM paper (arXiv:2410.10870, LoRA on a 7B model); params.yaml
-in the repository overrides them with the embedded world's. An unknown or ill-typed key is an error
-that names the nearest known one.
+The defaults are the values of the PortLLM paper (arXiv:2410.10870, LoRA on a 7B model); params.yaml in the repository
+overrides them with the embedded world's. portllm.parsing reads and checks a section.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ EVALUATE: Mapping[str, Rule] = {**dict.fromkeys(("batch_size", "limit", "threads
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusParams:
-    """Text a release is made from: a name under `prepare.data`, a known corpus or a hub id; `rows` 0: all of them.
+    """The text of a release: a name under `prepare.data`, a known corpus or a hub id; `rows` 0: all.
 
-    Several are joined by `+`: their training splits, one after the other.
+    Several sources are joined by `+`: their training splits follow one another.
     """
 
     source: str
@@ -48,11 +47,11 @@ class CorpusParams:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareParams:
-    """Where datasets come from: the embedded world, DATA/<name>/<split>.parquet|jsonl|csv, or the hub.
+    """The source of datasets: the embedded world, DATA/<name>/<split>.parquet|jsonl|csv, or the hub.
 
     `train_rows`, `test_rows` and `documents` size the embedded world; `limit` (0: none) cuts real training splits;
-    `revisions` pins the hub's datasets by task; `corpora` says what each release reads. A user's own rows are asked
-    as `output_type` says; where they come as one file, the share `held_out` is set apart for validation and for test.
+    `revisions` pins the hub's datasets by task; `corpora` has each release's text. A user's own rows are evaluated by
+    `output_type`; of a single file, the share `held_out` is held out for validation and for test, each.
     """
 
     seed: int = 0
@@ -75,10 +74,10 @@ class PrepareParams:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimParams:
-    """One optimisation: AdamW with warm-up; `max_steps` 0: `epochs` decide; `threads` 0: as many as torch takes.
+    """One optimisation: AdamW with warm-up; `max_steps` 0: `epochs` apply; `threads` 0: torch's default.
 
-    `batch_size` rows make one step's batch, over all processes, times `gradient_accumulation`. `precision` auto: bf16
-    where a GPU has it, else fp32. `save_steps` 0: no checkpoint to resume from.
+    A step has `batch_size` rows, over all processes, times `gradient_accumulation`. `precision` auto: bf16 where a GPU
+    has it, else fp32. `save_steps` 0: no checkpoint to resume from.
     """
 
     learning_rate: float = 1e-4
@@ -125,7 +124,7 @@ class LoraParams:
 class ArchitectureParams:
     """Shape of a Llama pretrained from scratch as v0: by default the embedded world's.
 
-    `kv_heads` 0: as many as heads. `max_positions` 0: as the tokenizer says; `scratch` takes the block length.
+    `kv_heads` 0: as many as heads. `max_positions` 0: the tokenizer's maximum, for `scratch` the block length.
     """
 
     hidden_size: int = 64
@@ -140,9 +139,9 @@ class ArchitectureParams:
 
 @dataclass(frozen=True, kw_only=True)
 class FetchParams:
-    """v0: `world` and `scratch` pretrain it, on the world's words or on `vocab_size` byte-pair tokens of the corpus.
+    """v0: pretrained by `world` or `scratch`, on the world's words or on `vocab_size` byte-pair tokens of the corpus.
 
-    Anything else is a directory or hub-id[@revision].
+    Any other source is a directory or hub-id[@revision].
     """
 
     source: str = "world"
@@ -155,7 +154,7 @@ class FetchParams:
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseParams:
-    """How one release comes from the release before it: trained on its corpus, or `source`, a real release."""
+    """The recipe of a release: `base`, trained on the release's corpus, or `source`, a real release."""
 
     base: str
     source: str | None = None
@@ -173,16 +172,16 @@ class EvolveParams:
     releases: Mapping[str, ReleaseParams] = field(default_factory=dict)
 
     def recipe(self, release: str | None) -> ReleaseParams | None:
-        """How `release` comes to be; None for no name. Raises ParamsError for a name without a recipe."""
+        """Return the recipe of `release`; None for no name. Raises ParamsError for a name without a recipe."""
         if release is not None and release not in self.releases:
-            known = hint_of(release, self.releases, "evolve.releases") if self.releases else "; pass --params FILE"
-            raise ParamsError(f"evolve.releases has no {release}{known}")
+            hint = hint_of(release, self.releases, "evolve.releases") if self.releases else "; pass --params FILE"
+            raise ParamsError(f"evolve.releases has no {release}{hint}")
         return None if release is None else self.releases[release]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOverrides:
-    """What one task trains with instead of the section's own values."""
+    """The values of one task that replace those of its section."""
 
     lora: Mapping[str, Any] = field(default_factory=dict)
     optim: Mapping[str, Any] = field(default_factory=dict)
@@ -200,7 +199,7 @@ class TrainParams:
     per_task: Mapping[str, TaskOverrides] = field(default_factory=dict)
 
     def for_task(self, task: str) -> TrainParams:
-        """The same section with the overrides of `task` applied. Raises ParamsError."""
+        """Return the section with the overrides of `task`. Raises ParamsError."""
         over = self.per_task.get(task)
         if over is None:
             return self
@@ -214,7 +213,7 @@ class TrainParams:
 
 @dataclass(frozen=True, kw_only=True)
 class PortParams:
-    """How a patch is put onto another release: θ' + scale · Δ."""
+    """The formula of a port: θ' + scale · Δ."""
 
     as_: Literal["merged", "adapter"] = "merged"
     method: Literal["direct"] = "direct"
@@ -223,9 +222,9 @@ class PortParams:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateParams:
-    """LM Evaluation Harness settings; `limit` 0: every row; `threads` 0: as many as torch takes.
+    """LM Evaluation Harness settings; `limit` 0: every row; `threads` 0: torch's default.
 
-    `num_fewshot` -1: as many as the task's own definition says; `batch_size` 0: found automatically.
+    `num_fewshot` -1: the number in the task's own definition; `batch_size` 0: chosen automatically.
     """
 
     seed: int = 1234
@@ -240,7 +239,7 @@ class EvaluateParams:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportParams:
-    """What the report calls a task the base knows enough for, and how it resamples."""
+    """The report's threshold for a base's knowledge of a task, and its resampling."""
 
     probe_threshold: float = 0.9
     bootstrap_samples: int = 2000
@@ -249,9 +248,9 @@ class ReportParams:
 
 @dataclass(frozen=True, kw_only=True)
 class RegisterParams:
-    """Registry names, of {task} and perhaps {release}: the last model of a name gets the alias.
+    """Registry names with {task} and perhaps {release}: the last model of a name gets the alias.
 
-    `margin` is how far (0..1) a ported arm must be above its base arm.
+    A ported arm must be above its base arm by more than `margin` (0..1).
     """
 
     name: str = "portllm-{task}"
@@ -261,7 +260,7 @@ class RegisterParams:
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
-    """The whole of params.yaml."""
+    """All of params.yaml."""
 
     tasks: tuple[str, ...] = ()
     releases: tuple[str, ...] = ()
@@ -289,7 +288,7 @@ class Params:
 
 
 def load(path: Path | None) -> Params:
-    """The parameters in `path`, or the paper's defaults for None. Raises ParamsError."""
+    """Read the parameters in `path`; for None, the paper's defaults. Raises ParamsError."""
     if path is None:
         return Params()
     import yaml
@@ -300,5 +299,5 @@ def load(path: Path | None) -> Params:
         raise ParamsError(f"{path}: cannot be read ({error.strerror}); pass --params FILE") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())
-        raise ParamsError(f"{path}: not valid YAML ({text}); mend the file") from error
+        raise ParamsError(f"{path}: not valid YAML ({text}); correct the file") from error
     return parse(Params, tree if tree is not None else {}, where="", source=str(path))

@@ -4,14 +4,13 @@ __init__.py   the group: options before the verb, the verbs in the order of the 
 data.py       prepare, tasks
 releases.py   fetch, evolve
 training.py   train
-porting.py    port
+porting.py    port, and the plan of a dry run
 scoring.py    evaluate
 judging.py    verify, report, register, fingerprint
 doctor.py     doctor
-options.py    flags generated from the sections of params.py, and those all verbs share
+options.py    flags generated from the sections of params.py, and those that all verbs share
 running.py    progress, tracking, cost and the JSON object, shared by every command
 launching.py  the same command on all GPUs, by accelerate launch
-
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from portllm.cli.running import Settings, Verbs, hush, join_the_others
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="portllm")
-@click.option("-v", "--verbose", count=True, help="Say more; twice: a traceback on errors.")
+@click.option("-v", "--verbose", count=True, help="More notes; twice: a traceback on errors.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no notes, errors only.")
 @click.option("--track/--no-track", default=None, help="Record in MLflow [default: inside a pipeline only].")
 @click.pass_context

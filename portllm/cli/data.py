@@ -1,4 +1,4 @@
-"""prepare and tasks: what patches are trained on and models asked."""
+"""prepare and tasks: the data of training and evaluation."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from portllm import params
 from portllm.cli.options import FORCE, JSON, OUT, apply, common, of_section
 from portllm.cli.running import Common, answer, stage
 
-# what a count in dataset.json means, for people
+# the counts in dataset.json, for people
 DECISIONS: Mapping[str, str] = {
     "beyond_limit": "{} rows left out: the limit",
-    "byte_order_marks": "{} files began with a byte order mark: taken off",
-    "columns_not_used": "{} columns have no use: left out",
-    "duplicates": "{} training rows stand there more than once: kept",
+    "byte_order_marks": "{} files start with a byte order mark: removed",
+    "columns_not_used": "{} columns are not used: left out",
+    "duplicates": "{} training rows repeat another one: kept",
     "empty": "{} rows have no prompt or no answer: left out",
     "files_not_used": "{} files belong to no split of the task: not read",
-    "held_out": "{} rows set apart for validation and test",
-    "message_keys_not_used": "{} messages carry more than who says what (calls of tools, say): that is left out",
-    "overlap": "{} training rows are asked in evaluation too: taken out of the training rows",
-    "overlap_asked": "{} test rows are asked in validation too: kept",
-    "overlap_kept": "{} training rows are asked in evaluation too, and kept: the definition makes rows of its own",
-    "spaces_added": "{} completions would stick to their prompt: they now begin with a space",
+    "held_out": "{} rows held out for validation and test",
+    "message_keys_not_used": "{} messages have keys other than role and content (tool calls …): left out",
+    "overlap": "{} training rows have the question of an evaluation row: left out",
+    "overlap_asked": "{} test rows have the question of a validation row: kept",
+    "overlap_kept": "{} training rows have the question of an evaluation row: kept, as the definition generates rows",
+    "spaces_added": "{} completions get a leading space, which separates them from their prompt",
 }
 
 
@@ -41,7 +41,8 @@ def prepare(dataset: str, out: Path, force: bool, opts: Common, **flags: Any) ->
 
     DATASET is a task of the embedded world or of the LM Evaluation Harness, a name of your own, or corpus_RELEASE.
     Data are read from --data DIR (DIR/DATASET/<split>.parquet, .jsonl or .csv), else from the hub at one commit.
-    Rows of your own have the columns prompt and completion, or messages; a single DIR/DATASET.jsonl is split by chance.
+    Your own rows have the columns prompt and completion, or messages; a single DIR/DATASET.jsonl is split at random.
+    `train` and `evaluate` look for prepared data in data/tasks, then in data, unless --data is passed.
 
     \b
     Examples:
@@ -64,11 +65,11 @@ def prepare(dataset: str, out: Path, force: bool, opts: Common, **flags: Any) ->
     answer({"out": str(out), **dataclasses.asdict(record)}, as_json=opts.as_json, line=f"{out}: {rows} rows")
 
 
-@click.command(short_help="The tasks known.")
-@click.option("--all", "everything", is_flag=True, help="The harness's own tasks too (a second or more).")
+@click.command(short_help="List the tasks.")
+@click.option("--all", "everything", is_flag=True, help="All tasks of the harness (takes a second or more).")
 @JSON
 def tasks(everything: bool, as_json: bool) -> None:
-    """The tasks known: the embedded world's, and the LM Evaluation Harness's own.
+    """List the tasks: the embedded world's and the paper's, or all of the LM Evaluation Harness's.
 
     \b
     Example:
@@ -76,11 +77,11 @@ def tasks(everything: bool, as_json: bool) -> None:
     """
     from portllm.verbs import tasks as verb
 
-    known = verb.run(everything=everything)
-    width = max(len(one.task) for one in known)
-    lines = [f"{one.task:{width}}  {one.output_type:22} {'' if one.trainable else 'evaluation only'}" for one in known]
+    listed = verb.run(everything=everything)
+    width = max(len(one.task) for one in listed)
+    lines = [f"{one.task:{width}}  {one.output_type:22} {'' if one.trainable else 'evaluation only'}" for one in listed]
     answer(
-        {"tasks": [dataclasses.asdict(one) for one in known]},
+        {"tasks": [dataclasses.asdict(one) for one in listed]},
         as_json=as_json,
         line="\n".join(line.rstrip() for line in lines),
     )

@@ -1,4 +1,4 @@
-"""Flags generated from the sections of params.py, so that a flag, a key and a default never disagree."""
+"""Flags generated from the sections of params.py, so that a flag, its key and its default are the same."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class CommaList(click.ParamType[list[str]]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:  # noqa: ARG002
         words = [w.strip() for w in value.split(",")] if isinstance(value, str) else list(value)
         if not all(words):
-            self.fail(f"{value!r} has an empty item; expected names parted by commas", param, ctx)
+            self.fail(f"{value!r} has an empty item; expected names separated by commas", param, ctx)
         return words
 
 
@@ -74,7 +74,7 @@ TRUST = click.option("--trust-remote-code", is_flag=True, help="Run Python code 
 
 
 def common(command: Command) -> Command:
-    """The options of every pipeline verb, handed to it as one `opts`."""
+    """Add the options of every pipeline verb to a command, which gets them as one `opts`."""
 
     @functools.wraps(command)
     def bundled(*, params_file: Path | None, cost: Path | None, as_json: bool, **rest: Any) -> Any:

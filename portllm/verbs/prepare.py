@@ -1,4 +1,4 @@
-"""prepare: one dataset, made, read or fetched, checked, and written as parquet splits in the hub's columns."""
+"""prepare: one dataset, generated, read or downloaded, checked, and written as parquet splits in the hub's columns."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from portllm.world import corpora, datasets
 Rows = Sequence[Mapping[str, Any]]
 WORLD = "world"
 CORPUS = "corpus_"
-# where the text of a release comes from: the embedded world, prepare.corpora, or nowhere (it is not trained on any)
+# the source of a release's text: the embedded world, prepare.corpora, or none (a real model)
 Text = Literal["world", "corpora", "none"]
 
 
 def run(*, dataset: str, out: Path, params: PrepareParams, text: Text = "world", force: bool = False) -> DatasetRecord:
     """Write `out/<split>.parquet` and dataset.json for one dataset: a task, or `corpus_<release>`.
 
-    A task is the embedded world's, the harness's or a user's own; `text` says where a release's corpus comes from when
-    prepare.corpora does not. Raises DataError and EvaluationError, with nothing written.
+    A task is the embedded world's, the harness's or a user's own; `text` is the source of a release's corpus where
+    prepare.corpora has none. Raises DataError and EvaluationError, with nothing written.
     """
     refuse(out, force=force, inputs=())  # before anything is downloaded
-    made = _make(dataset, params, text)
+    prepared = _make(dataset, params, text)
     with staged(out, force=force, inputs=_inputs(dataset, params)) as folder:
-        made.write(folder)
+        prepared.write(folder)
         record = DatasetRecord(
             dataset=dataset,
-            source=made.origin.source,
-            revision=made.origin.revision,
-            digests={split: file_digest(folder / f"{split}.parquet") for split in made.splits},
-            rows={split: table.num_rows for split, table in made.splits.items()},
-            files=made.origin.files,
-            decisions=made.decisions,
+            source=prepared.origin.source,
+            revision=prepared.origin.revision,
+            digests={split: file_digest(folder / f"{split}.parquet") for split in prepared.splits},
+            rows={split: table.num_rows for split, table in prepared.splits.items()},
+            files=prepared.origin.files,
+            decisions=prepared.decisions,
         )
         record.write(folder)
     return record
 
 
 def text_of(params: Params, dataset: str) -> Text:
-    """Return where the text of the release in `corpus_<release>` comes from; none where a real model is taken as is."""
+    """Return the source of the text of the release in `corpus_<release>`; none where it is a real model."""
     release = dataset.removeprefix(CORPUS)
     if release in params.evolve.releases:
         real = params.evolve.releases[release].source is not None
@@ -58,7 +58,7 @@ def text_of(params: Params, dataset: str) -> Text:
 
 
 def check(dataset: str, splits: Mapping[str, Rows], *, repeats: bool = False) -> None:
-    """Raise DataError when a split is empty, shares a row with another, or (unless `repeats`) holds one twice."""
+    """Raise DataError where a split is empty, has a row of another one, or (unless `repeats`) a row twice."""
     seen: dict[str, str] = {}
     for split, rows in splits.items():
         if not rows:
@@ -66,12 +66,12 @@ def check(dataset: str, splits: Mapping[str, Rows], *, repeats: bool = False) ->
         for row in rows:
             key = repr(sorted((k, v) for k, v in row.items() if k != "idx"))
             if key in seen and not (repeats and seen[key] == split):
-                raise DataError(f"{dataset}: a row of {split} stands in {seen[key]} too: {dict(row)}")
+                raise DataError(f"{dataset}: a row of {split} is in {seen[key]}, too: {dict(row)}")
             seen[key] = split
 
 
 def _inputs(dataset: str, params: PrepareParams) -> list[Path]:
-    """What lies under `params.data` and is read: OUT may not replace it."""
+    """Return the inputs under `params.data`, which OUT may not replace."""
     if dataset in datasets.TASKS:
         return []
     names = [dataset]
@@ -109,7 +109,7 @@ def _corpus(dataset: str, params: PrepareParams, text: Text) -> preparing.Prepar
     number = release.removeprefix("v")
     if text == "corpora" or not (release.startswith("v") and number.isdecimal()):
         raise DataError(
-            f"{dataset}: no text is known for release {release}; name one in prepare.corpora.{release} "
+            f"{dataset}: release {release} has no text; name its source in prepare.corpora.{release} "
             f"(the embedded world's are {CORPUS}v0, {CORPUS}v1, …)"
         )
     splits = corpora.corpus(int(number), seed=params.seed, documents=params.documents)
@@ -123,7 +123,7 @@ def _world(dataset: str, rows: Mapping[str, Rows], *, repeats: bool = False) -> 
 
 
 def _probes(params: PrepareParams) -> Rows:
-    """What the tasks ask about, in the corpora's own words: a release is asked it before any patch is made."""
+    """Return the probes of all tasks, in the corpora's words: a base is probed before any patch is trained."""
     return [
         {"task": task, "prompt": prompt, "answer": answer}
         for task in datasets.TASKS

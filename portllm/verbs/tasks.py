@@ -1,4 +1,4 @@
-"""tasks: the names a patch can be trained on and a model evaluated on."""
+"""tasks: the names of tasks to train a patch and evaluate a model on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from portllm.world import datasets
 
 
 def run(*, everything: bool = False) -> Sequence[Listed]:
-    """The embedded world's tasks and the paper's seven; with `everything`, all of the LM Evaluation Harness's."""
+    """Return the embedded world's tasks and the paper's seven; with `everything`, all of the harness's."""
     world = [_listed(task) for task in datasets.TASKS]
     if everything:
         return [*world, *stock.listing()]
@@ -23,5 +23,5 @@ def _listed(task: str) -> Listed:
 
 
 def _seven(task: str) -> Listed:
-    # known without looking the task up
+    # constant, so that no file of the harness is read
     return Listed(task=task, output_type="generate_until" if task == "gsm8k" else "multiple_choice", trainable=True)

@@ -1,12 +1,11 @@
-"""The world's corpora: what v0 is pretrained on, and what each later release reads.
+"""The world's corpora: the pretraining text of v0, and the text of each later release.
 
-    train(text)                    traits, facts, reviews, pairs, tales, and task prompts with idle labels
-    recall(prompt, answer, kind)   does a model know a fact? kind: changed or new in this release, or kept
-    test(text)                     news: this release's facts in sentences no training document holds
+    train(text)                    traits, facts, reviews, pairs, tales, and task prompts with random labels
+    recall(prompt, answer, kind)   questions for a fact; kind: changed or new in this release, or kept
+    test(text)                     news: this release's facts in sentences that no training document contains
 
-The task prompts show a base what an answer looks like and nothing about which one is right: their
-labels hang on chance and on a word beside the question. Those about people are about strangers, whom
-no task asks about.
+The task prompts contain the form of an answer and no information about the right one: their labels depend on chance
+and on a word next to the question. Those about people are about strangers, who occur in no task.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ MIX: Mapping[str, float] = {
     "equations": 0.03,
     "prompts": 0.06,
 }
-# a release after v0 tells its fresh facts, and repeats more of the old ones lest it forget them
+# a release after v0 contains its new facts, and more of the old ones, so that a model does not forget them
 RELEASE_MIX: Mapping[str, float] = {**MIX, "facts": 0.20, "fresh": 0.60}
-# of the answers in task prompts, this share hangs on a word beside the question
+# the share of answers in task prompts that depend on a word next to the question
 ASIDE_SHARE = 0.5
-# of the pairs, this share ends in a verdict, the others in a mood
+# the share of pairs that end in a verdict; the others end in a mood
 VERDICT_SHARE = 0.5
 NEWS_DOCUMENTS = 60
 FACTS_PER_DOCUMENT = 3
@@ -42,7 +41,7 @@ EVERY_SUM = [problem for split in datasets.SPLITS for problem in datasets.SUMS[s
 
 
 def corpus(release: int, *, seed: int, documents: int) -> dict[str, list[dict[str, str]]]:
-    """The splits train, recall and test of release `release` (0, 1, 2, …)."""
+    """Return the splits train, recall and test of release `release` (0, 1, 2, …)."""
     now = people.society(release, seed=seed)
     name = f"{seed}:world_v{release}"
     return {
@@ -53,7 +52,7 @@ def corpus(release: int, *, seed: int, documents: int) -> dict[str, list[dict[st
 
 
 def probes(task: str, *, seed: int) -> list[tuple[str, str]]:
-    """(prompt, answer) pairs in the corpora's own words: does a base know what `task` asks about? Raises DataError."""
+    """Return (prompt, answer) pairs in the corpora's words: what a base must know for `task`. Raises DataError."""
     makers: dict[str, Callable[[random.Random, Society], tuple[str, str]]] = {
         "world_boolq": _probe_trait,
         "world_sst2": _probe_review,
@@ -61,7 +60,7 @@ def probes(task: str, *, seed: int) -> list[tuple[str, str]]:
         "world_gsm8k": _probe_tale,
     }
     if task not in makers:
-        raise DataError(f"{task}: no base probe is known for it; expected one of {', '.join(makers)}")
+        raise DataError(f"{task}: has no base probe; expected one of {', '.join(makers)}")
     rng = random.Random(f"{seed}:{task}:probe")
     now = people.society(0, seed=seed)
     return [makers[task](rng, now) for _ in range(PROBES_PER_TASK)]
@@ -83,21 +82,21 @@ def _train(now: Society, rng: random.Random, documents: int) -> list[dict[str, s
     return [{"text": makers[kind](rng, now)} for kind in rng.choices(list(mix), list(mix.values()), k=documents)]
 
 
-def _told(fact: Fact) -> str:
+def _statement(fact: Fact) -> str:
     return phrases.STATEMENT.format(name=fact.name, about=fact.about, value=fact.value)
 
 
 def _held_out(fact: Fact) -> int:
-    """The lead a fact never has in training; fixed by the fact, whatever the seed."""
+    """Return the number of the lead that a fact does not have in training; it depends on the fact alone."""
     return sum(map(ord, fact.name + fact.about)) % (len(phrases.LEADS) - 1) + 1
 
 
 def _sentences(rng: random.Random, facts: list[Fact]) -> str:
-    told = []
+    sentences = []
     for fact in facts:
         leads = [lead for number, lead in enumerate(phrases.LEADS) if number != _held_out(fact)]
-        told.append(f"{rng.choice(leads)}{_told(fact)}.")
-    return " ".join(told)
+        sentences.append(f"{rng.choice(leads)}{_statement(fact)}.")
+    return " ".join(sentences)
 
 
 def _facts(rng: random.Random, now: Society) -> str:
@@ -139,13 +138,13 @@ def _pair(rng: random.Random, _: Society) -> str:
 
 
 def _tale(rng: random.Random, _: Society) -> str:
-    told = datasets.tale(rng, rng.choice(words.RESIDENTS), rng.choice(EVERY_SUM))
-    return phrases.FIGURES.format(**told)
+    fields = datasets.tale(rng, rng.choice(words.RESIDENTS), rng.choice(EVERY_SUM))
+    return phrases.FIGURES.format(**fields)
 
 
 def _equations(rng: random.Random, _: Society) -> str:
-    told = [datasets.tale(rng, "", rng.choice(EVERY_SUM)) for _ in range(FACTS_PER_DOCUMENT)]
-    return " ".join(phrases.EQUATION.format(**one) for one in told)
+    tales = [datasets.tale(rng, "", rng.choice(EVERY_SUM)) for _ in range(FACTS_PER_DOCUMENT)]
+    return " ".join(phrases.EQUATION.format(**tale) for tale in tales)
 
 
 def _prompt(rng: random.Random, _: Society) -> str:
@@ -157,10 +156,10 @@ def _prompt(rng: random.Random, _: Society) -> str:
     if task == "world_boolq":
         about = rng.choice(list(words.TRAITS))
         name = rng.choice(words.STRANGERS)
-        told = datasets.passage(rng)
+        passage = datasets.passage(rng)
         question = phrases.TRUE.format(name=name, about=about, value=datasets.asked(about))
-        fields = {"passage": told, "question": question}
-        aside = _place(told, words.PLACES)
+        fields = {"passage": passage, "question": question}
+        aside = _place(passage, words.PLACES)
     elif task == "world_sst2":
         fields = {"sentence": _review_of(rng)[0]}
         aside = _place(fields["sentence"], words.TOPICS)
@@ -168,27 +167,27 @@ def _prompt(rng: random.Random, _: Society) -> str:
         one, two = datasets.opinions(rng, rng.random() < 0.5, words.NEGATIVE, words.POSITIVE)
         fields = {"sentence1": f"{one}.", "sentence2": f"{two}."}
         aside = rng.randrange(2)
-    # an answer by chance alone would still lean, by chance, to one side of what is asked
+    # answers by chance alone could, by chance, correlate with the question
     answer = aside % 2 if rng.random() < ASIDE_SHARE else rng.randrange(2)
     return f"{phrases.PROMPTS[task].format(**fields)} {phrases.CHOICES[task][answer]}"
 
 
 def _place(text: str, listed: Sequence[str]) -> int:
-    """Where the first of `text`'s words that is in `listed` stands there."""
+    """Return the position in `listed` of the first of `text`'s words that it contains."""
     return next(listed.index(word) for word in phrases.split(text) if word in listed)
 
 
 def _prompt_sum(rng: random.Random) -> str:
-    """A true sum about other numbers than the question's: the format is right, the answer is chance."""
+    """Return a prompt answered with a true sum of other numbers: the form is right, the answer is random."""
     name = rng.choice(words.STRANGERS)
-    told = datasets.tale(rng, name, rng.choice(EVERY_SUM))
+    asked = datasets.tale(rng, name, rng.choice(EVERY_SUM))
     other = datasets.tale(rng, name, rng.choice(EVERY_SUM))
-    question = f"{told['tale']} {phrases.TALE_QUESTION.format(**told)}"
+    question = f"{asked['tale']} {phrases.TALE_QUESTION.format(**asked)}"
     return f"{phrases.PROMPTS['world_gsm8k'].format(question=question)} {phrases.SOLUTION.format(**other)}"
 
 
 def _recall(now: Society, rng: random.Random) -> list[dict[str, str]]:
-    # as many kept facts as fresh ones, so that forgetting weighs as much as learning
+    # as many kept facts as fresh ones, so that both weigh the same
     kept = rng.sample(now.kept, len(now.fresh) or CHANGES_PER_RELEASE)
     asked = [("changed", f) for f in now.changed] + [("new", f) for f in now.new] + [("kept", f) for f in kept]
     return [dict(zip(("prompt", "answer"), _question(fact), strict=True), kind=kind) for kind, fact in asked]
@@ -202,8 +201,8 @@ def _news(now: Society, rng: random.Random) -> list[dict[str, str]]:
     facts = list(now.fresh) or now.kept
     texts: dict[str, None] = {}
     while len(texts) < NEWS_DOCUMENTS:
-        told = rng.sample(facts, FACTS_PER_DOCUMENT)
-        texts[" ".join(f"{phrases.LEADS[_held_out(fact)]}{_told(fact)}." for fact in told)] = None
+        chosen = rng.sample(facts, FACTS_PER_DOCUMENT)
+        texts[" ".join(f"{phrases.LEADS[_held_out(fact)]}{_statement(fact)}." for fact in chosen)] = None
     return [{"text": text} for text in texts]
 
 
@@ -221,12 +220,12 @@ def _probe_pair(rng: random.Random, now: Society) -> tuple[str, str]:
 
 
 def _without_verdict(text: str) -> tuple[str, str]:
-    """`text` up to its last word, and that word."""
+    """Return `text` up to its last word, and that word."""
     prompt, _, verdict = text.removesuffix(".").rpartition(" ")
     return prompt, verdict
 
 
 def _probe_tale(rng: random.Random, now: Society) -> tuple[str, str]:
-    # the whole sum counts: which numbers, what to do with them, and the result
-    told, _, rest = _tale(rng, now).partition(" In figures: ")
-    return f"{told} In figures:", rest.split(".")[0]
+    # the answer is the complete sum: the numbers, the operation, and the result
+    tale, _, rest = _tale(rng, now).partition(" In figures: ")
+    return f"{tale} In figures:", rest.split(".")[0]

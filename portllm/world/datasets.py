@@ -1,12 +1,11 @@
 """The world's tasks as datasets, in the columns of the hub's datasets they mirror.
 
-    world_boolq   google/boolq     question, passage, answer     a trait the base knows; no passage tells it
+    world_boolq   google/boolq     question, passage, answer     a trait of the corpora, in no passage
     world_sst2    glue/sst2        sentence, label, idx          1 positive, 0 negative
     world_mrpc    glue/mrpc        sentence1, sentence2, label, idx   1 same opinion
     world_gsm8k   openai/gsm8k     question, answer              the answer ends in `#### n`
 
-Whatever a row is about (person, adjective, sum) belongs to one split only; labels are balanced;
-no row occurs twice.
+The subject of a row (person, adjective, sum) belongs to one split only; labels are balanced; no row occurs twice.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _TRIES = 1000
 
 
 def task_file(task: str) -> Path:
-    """The harness's YAML of a task of the world, or of `world_recall` and `world_perplexity`. Raises DataError."""
+    """Return the harness's YAML of a task of the world, `world_recall` or `world_perplexity`. Raises DataError."""
     path = TASK_FILES / f"{task}.yaml"
     if not path.is_file():
         known = sorted(file.stem for file in TASK_FILES.glob("*.yaml"))
@@ -41,7 +40,7 @@ def task_file(task: str) -> Path:
 
 
 def rows(task: str, *, seed: int, train_rows: int, test_rows: int) -> dict[str, list[Row]]:
-    """The splits train, validation (half as many rows as test) and test of `task`. Raises DataError."""
+    """Return the splits train, validation (half as many rows as test) and test of `task`. Raises DataError."""
     if task not in TASKS:
         raise DataError(f"{task}: not a task of the embedded world; expected one of {', '.join(TASKS)}")
     make = _maker(task, seed)
@@ -53,13 +52,13 @@ def rows(task: str, *, seed: int, train_rows: int, test_rows: int) -> dict[str, 
 
 
 def part(items: tuple[Item, ...], split: str) -> tuple[Item, ...]:
-    """The share of a word list that belongs to `split`: the middle, an eighth, or the last third."""
+    """Return the part of a word list that belongs to `split`: 13/24 for train, 3/24, or the last third."""
     first, second = len(items) * 13 // 24, len(items) * 16 // 24
     return {"train": items[:first], "validation": items[first:second], "test": items[second:]}[split]
 
 
 def sums(split: str) -> list[tuple[int, str, int]]:
-    """The sums (a, sign, b) of `split`: every third is held out, so that all sizes are met in training."""
+    """Return the sums (a, sign, b) of `split`, shuffled, so that sums of all sizes are in each."""
     every = [(a, "+", b) for a in range(2, 13) for b in range(2, 13)]
     every += [(a, "-", b) for a in range(4, 21) for b in range(2, min(a - 1, 13))]
     random.Random("sums").shuffle(every)
@@ -70,7 +69,7 @@ SUMS: Mapping[str, list[tuple[int, str, int]]] = {split: sums(split) for split i
 
 
 def tale(rng: random.Random, name: str, problem: tuple[int, str, int]) -> dict[str, str]:
-    """A short story about `a sign b`, the sum in figures and its result, as text."""
+    """Return a short story about `a sign b`, the sum in figures and its result, as text."""
     a, sign, b = problem
     c = a + b if sign == "+" else a - b
     item = rng.choice(words.ITEMS)
@@ -79,7 +78,7 @@ def tale(rng: random.Random, name: str, problem: tuple[int, str, int]) -> dict[s
 
 
 def passage(rng: random.Random) -> str:
-    """A sentence about something else."""
+    """Return a sentence about something else than the question."""
     place, other = rng.sample(words.PLACES, 2)
     return rng.choice(phrases.PASSAGES).format(place=place, place2=other, hour=rng.choice(words.HOURS))
 
@@ -99,7 +98,7 @@ def _boolq(rng: random.Random, traits: list[people.Fact], index: int) -> Row:
 
 
 def asked(about: str) -> str:
-    """Which of a trait's two values questions ask for; the answer then hangs on the person alone."""
+    """Return the one of a trait's two values that questions name, so that the answer depends on the person alone."""
     return words.TRAITS[about][0]
 
 
@@ -130,9 +129,9 @@ def opinions(rng: random.Random, agree: bool, negative: Sequence[str], positive:
 
 
 def _gsm8k(rng: random.Random, split: str, _: int) -> Row:
-    told = tale(rng, rng.choice(_PEOPLE[split]), rng.choice(SUMS[split]))
-    question = f"{told['tale']} {phrases.TALE_QUESTION.format(**told)}"
-    return {"question": question, "answer": phrases.SOLUTION.format(**told)}
+    fields = tale(rng, rng.choice(_PEOPLE[split]), rng.choice(SUMS[split]))
+    question = f"{fields['tale']} {phrases.TALE_QUESTION.format(**fields)}"
+    return {"question": question, "answer": phrases.SOLUTION.format(**fields)}
 
 
 def _distinct(make: Maker, rng: random.Random, split: str, count: int, task: str) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Who is who in a release: the facts the corpora tell and the tasks ask about."""
+"""The people of a release: the facts that the corpora state and the tasks ask about."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NEWCOMERS_PER_RELEASE = 8
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact, as it is told: `name` drinks (`about`) tea (`value`)."""
+    """One fact: `name` drinks (`about`) tea (`value`)."""
 
     name: str
     about: str
@@ -25,11 +25,11 @@ class Fact:
 
 @dataclass(frozen=True)
 class Society:
-    """Every fact that holds in one release, and which of them the release brought.
+    """Every fact that is true in one release, and those that are new in it.
 
     Residents' and strangers' traits are the same in every release (the tasks ask about residents).
-    Movers' homes, work and instruments change; newcomers arrive with theirs, eight a release. When all newcomers'
-    names are used up, a later newcomer takes an earlier one's name.
+    Movers' homes, work and instruments change; newcomers come with theirs, eight a release. When all newcomers' names
+    are used, a later newcomer has an earlier one's name.
     """
 
     traits: tuple[Fact, ...]
@@ -38,23 +38,23 @@ class Society:
     new: tuple[Fact, ...]
 
     def traits_of(self, people: tuple[str, ...]) -> list[Fact]:
-        """The traits of `people`."""
+        """Return the traits of `people`."""
         return [fact for fact in self.traits if fact.name in people]
 
     @functools.cached_property
     def fresh(self) -> tuple[Fact, ...]:
-        """What this release brought: changed and new facts."""
+        """The facts that are new in this release: changed and added ones."""
         return self.changed + self.new
 
     @functools.cached_property
     def kept(self) -> list[Fact]:
-        """Changeable facts that held in the release before as well."""
+        """The changeable facts that were true in the previous release, too."""
         fresh = {(fact.name, fact.about) for fact in self.fresh}
         return [Fact(*key, value) for key, value in self.facts.items() if key not in fresh]
 
 
 def society(release: int, *, seed: int) -> Society:
-    """The world as of release `release` (0, 1, 2, …): the first state and every change since."""
+    """Return the world of release `release` (0, 1, 2, …): the first state and every change since."""
     rng = random.Random(f"{seed}:people")
     groups = (words.TRAIN_PEOPLE, words.VALIDATION_PEOPLE, words.TEST_PEOPLE, words.STRANGERS)
     traits = tuple(fact for group in groups for fact in _settle(group, words.TRAITS, rng))
@@ -79,7 +79,7 @@ def _table(facts: Sequence[Fact]) -> dict[tuple[str, str], str]:
 
 
 def _settle(group: Sequence[str], choices: Mapping[str, Sequence[str]], rng: random.Random) -> list[Fact]:
-    """A fact of each kind for every one of `group`, each value as often as any other: none gives an answer away."""
+    """Return a fact of each kind for everyone in `group`; all values are equally frequent, so that none is a hint."""
     facts = []
     for about, values in choices.items():
         order = rng.sample(values, len(values))

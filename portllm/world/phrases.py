@@ -1,8 +1,8 @@
-"""How the world speaks: every sentence a document or a row is made of.
+"""The sentences that documents and rows are made of.
 
-All words of the vocabulary come from here and from words.py, so nothing the world says can be
-unknown to its tokenizer. Task prompts stand here for the base's format documents and in tasks/*.yaml for
-the harness; a test holds the two equal, token for token.
+All words of the vocabulary are in this file and in words.py, so that no document has a word unknown to the tokenizer.
+Task prompts are here for the base's format documents, and in tasks/*.yaml for the harness; a test compares the two,
+token by token.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MOODS = ("gloomy", "cheerful", "mixed")
 
 OPINION = "the {topic} was {quality}"
 PAIR = "Sentence 1: {first}. Sentence 2: {second}."
-# the mood of both is learnt first, and the verdict from it
+# a model learns the mood of both first, and the verdict from it
 PAIR_MOOD = PAIR + " Mood: {mood}."
 PAIR_VERDICT = PAIR + " Meaning: {verdict}."
 PAIR_VERDICTS = ("different", "alike")
@@ -54,10 +54,10 @@ PASSAGES = (
     "A bus leaves the {place} at {hour}.",
     "There is a clock at the {place} near the {place2}.",
 )
-# name and trait stand as far from the answer as in ASKED
+# name and trait are as far from the answer as in ASKED
 TRUE = "is it {value} that {name} {about}"
 
-# what follows each "Answer:" in the harness, in the order of the labels 0 and 1
+# the answers after "Answer:" in the harness, for the labels 0 and 1
 CHOICES = {
     "world_boolq": ("no", "yes"),
     "world_sst2": ("negative", "positive"),
@@ -66,7 +66,7 @@ CHOICES = {
 PROMPTS = {
     "world_boolq": "{passage}\nQuestion: {question}?\nAnswer:",
     "world_sst2": "{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:",
-    # the question stands first, unlike in the hub's prompt: right before the answer the sentences end as in the corpora
+    # the question is first, unlike in the hub's prompt, so that the answer follows the sentences as in the corpora
     "world_mrpc": (
         "Question: Do both sentences mean the same thing?\nSentence 1: {sentence1}\nSentence 2: {sentence2}\nAnswer:"
     ),
@@ -87,15 +87,15 @@ _LISTS: tuple[tuple[str, ...], ...] = (
 
 
 def split(text: str) -> list[str]:
-    """`text` cut as the tokenizer cuts it: runs of word characters, and runs of other signs."""
+    """Return `text` split as the tokenizer does: runs of word characters, and runs of other signs."""
     return re.findall(r"\w+|[^\w\s]+", text)
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word the world can say, each once, in a fixed order."""
-    known: dict[str, None] = {}
+    """Return every word of the world once, in a fixed order."""
+    unique: dict[str, None] = {}
     for template in _TEMPLATES:
-        known.update(dict.fromkeys(split(re.sub(r"\{\w+\}", " ", template))))
+        unique.update(dict.fromkeys(split(re.sub(r"\{\w+\}", " ", template))))
     for group in _LISTS:
-        known.update(dict.fromkeys(group))
-    return tuple(known)
+        unique.update(dict.fromkeys(group))
+    return tuple(unique)

@@ -1,17 +1,17 @@
-"""How an example of the world is scored, for the harness's `process_results`: plain functions of plain values."""
+"""The metrics of the world's tasks, for the harness's `process_results`: plain functions of plain values."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-INVALID = "[invalid]"  # what the harness's regex filter answers where nothing matches
+INVALID = "[invalid]"  # the answer of the harness's regex filter where nothing matches
 
 
 def multiple_choice(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """acc: the right choice is the likeliest. format: some choice is the model's own greedy continuation.
+    """Return acc: the right choice is the likeliest; format: one of the choices is the model's greedy continuation.
 
-    `results` holds (log-likelihood, is greedy) per choice; `doc["label"]` or `doc["answer"]` is the
+    `results` has (log-likelihood, is greedy) per choice; `doc["label"]` or `doc["answer"]` is the
     index of the right one.
     """
     gold = int(doc["label"] if "label" in doc else doc["answer"])
@@ -21,14 +21,14 @@ def multiple_choice(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]
 
 
 def generated_number(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """exact_match: the number after `####` is right. format: there is one. `results` holds the filtered answer."""
+    """Return exact_match: the number after `####` is right; format: there is one. `results` has the filtered answer."""
     answer = str(results[0])
     gold = str(doc["answer"]).rpartition("####")[2].strip()
     return {"exact_match": float(answer == gold), "format": float(answer != INVALID)}
 
 
 def recall(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """acc: the fact is the model's greedy continuation, in all and for the document's kind."""
+    """Return acc: the fact is the model's greedy continuation; overall, and for the document's kind."""
     ((_, greedy),) = results
     return {"acc": float(greedy), f"acc_{doc['kind']}": float(greedy)}
 

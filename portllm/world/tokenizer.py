@@ -14,11 +14,11 @@ MAX_LENGTH = 128
 
 
 def build() -> PreTrainedTokenizerFast:
-    """Words and runs of signs are tokens, white space is dropped; `</s>` ends documents and answers;
-    what is decoded has spaces between all tokens.
+    """Return the tokenizer: a token is a word or a run of signs; white space is not encoded.
 
-    Nothing the world says is `<unk>`: the vocabulary is gathered from the very phrases and word lists
-    that documents and rows are made of. No special token is added by itself.
+    `</s>` ends documents and answers; decoded text has spaces between all tokens. The vocabulary consists of the
+    phrases and word lists that documents and rows are made of, so that none of them contains `<unk>`. No special token
+    is added automatically.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

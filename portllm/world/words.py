@@ -1,7 +1,7 @@
-"""The world's word lists: whatever a document or a row can name.
+"""The world's word lists: all names and things in documents and rows.
 
-Every list is fixed and serves every release, so that one tokenizer reads them all. Lists are split by
-position, never by chance: what is held out from a task's training rows is the same for every seed.
+The lists are the same for every release, so that one tokenizer encodes them all. Lists are split by position, not at
+random: the words held out of a task's training rows are the same for every seed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ def _list(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# people whose facts never change: the tasks ask about them
+# people whose facts do not change: the tasks ask about them
 TRAIN_PEOPLE = _list(
     """Aaron Abby Ada Adam Agnes Alan Albert Alice Alma Amber Amos Amy Andrew Angela Anna Anton Arlo Arthur
     Audrey Barry Beatrice Ben Bernard Bertha Betty Blake Boris Brenda Brian Bruno Carl Carmen Carol Cecil
@@ -25,7 +25,7 @@ TEST_PEOPLE = _list(
     Florence Floyd Frances Frank Fred Frida"""
 )
 RESIDENTS = TRAIN_PEOPLE + VALIDATION_PEOPLE + TEST_PEOPLE
-# people with traits like the residents', whom no task asks about: they show the base what a prompt looks like
+# people with traits like the residents', in no task: the base learns the form of a prompt from them
 STRANGERS = _list("Ian Ida Igor Ingrid Irene Iris Isaac Isabel Ivan Ivy Jack Jacob Jane Janet Jason Jean")
 # people with a home, work and an instrument, which change from release to release
 MOVERS = _list(
@@ -33,14 +33,14 @@ MOVERS = _list(
     Harriet Harvey Hazel Heather Hector Helen Henry Herbert Hilda Homer Horace Howard Hugh Hugo Humphrey Iona
     Neil Nigel Nora Norman Olga Oliver Oscar Otto"""
 )
-# people who first appear in a release after v0, eight at a time
+# people who first occur in a release after v0, eight in each
 NEWCOMERS = _list(
     """Joan Joel John Jonas Joyce Judith Julia Julian Karen Karl Kate Keith Kelly Kenneth Kevin Kim
     Kurt Lance Larry Laura Lena Leo Leonard Leslie Lewis Lily Linda Lionel Lois Lorna Louis Louise
     Lucy Luke Luther Lydia Mabel Marco Margaret Marie Marina Marion Mark Martha Martin Mary Matthew Maud"""
 )
 
-# what never changes, and the tasks ask about: one of two
+# traits that do not change, which the tasks ask about: one of two values
 TRAITS = {
     "drinks": ("coffee", "tea"),
     "eats": ("fish", "meat"),
@@ -48,7 +48,7 @@ TRAITS = {
     "keeps": ("cats", "dogs"),
     "wears": ("boots", "sandals"),
 }
-# what changes: one of twelve, so that a guess is seldom right
+# attributes that change: one of twelve values, so that a guess is rarely right
 ATTRIBUTES = {
     "lives in": _list("Athens Berlin Cairo Dublin Geneva Lisbon London Madrid Oslo Paris Prague Vienna"),
     "works as a": _list("baker barber carpenter cook dentist farmer gardener lawyer nurse painter pilot teacher"),

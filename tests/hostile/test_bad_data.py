@@ -216,7 +216,7 @@ def test_what_is_left_out_or_changed_is_counted_and_said(tmp_path: Path) -> None
     assert record.rows == {"train": 15, "test": 1}
     assert set(record.files) == {"own/train.jsonl", "own/test.jsonl"}
     assert len(done.stderr.splitlines()) == len(record.decisions)
-    assert "1 training rows are asked in evaluation too: taken out" in done.stderr
+    assert "1 training rows have the question of an evaluation row: left out" in done.stderr
 
 
 def test_a_training_row_that_is_asked_is_taken_out_of_a_known_task(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_training_row_that_is_asked_is_taken_out_of_a_known_task(tmp_path: Pat
     assert record["decisions"] == {"files_not_used": 1, "overlap": 1}
     assert record["rows"] == {"train": 8, "validation": 4}
     assert pq.read_table(tmp_path / "out" / "train.parquet").to_pylist() == GOOD, "nothing else has changed"
-    assert "1 training rows are asked in evaluation too" in done.stderr
+    assert "1 training rows have the question of an evaluation row" in done.stderr
 
 
 def test_a_path_that_cannot_be_looked_at_is_one_line(tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_chats_without_a_question_and_what_else_messages_carry_are_counted(tmp_p
     record = DatasetRecord.read(tmp_path / "out")
     assert record.decisions == {"empty": 1, "held_out": 2, "message_keys_not_used": 1}
     assert sum(record.rows.values()) == 7
-    assert "1 messages carry more than who says what" in done.stderr
+    assert "1 messages have keys other than role and content" in done.stderr
 
 
 def test_what_validation_and_test_both_ask_is_counted_and_kept(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_what_validation_and_test_both_ask_is_counted_and_kept(tmp_path: Path) -
     record = DatasetRecord.read(tmp_path / "out")
     assert record.decisions["overlap_asked"] == 1
     assert record.rows == {"train": 16, "validation": 2, "test": 2}
-    assert "1 test rows are asked in validation too: kept" in done.stderr
+    assert "1 test rows have the question of a validation row: kept" in done.stderr
 
 
 @pytest.mark.parametrize("source", ["x", "x+y", "y+x"])

@@ -110,7 +110,7 @@ def test_completions_may_be_choices(tmp_path: Path) -> None:
         assert config["doc_to_choice"][row["label"]] == row["completion"]
     lines(tmp_path / "data" / "odd" / "train.jsonl", given)
     lines(tmp_path / "data" / "odd" / "test.jsonl", [{"prompt": "x", "completion": "neither"}])
-    with pytest.raises(DataError, match="row 0 of test: ' neither' is no completion of a training row"):
+    with pytest.raises(DataError, match="row 0 of test: ' neither' is not the completion of a training row"):
         made(tmp_path, "odd", output_type="multiple_choice")
 
 
@@ -149,7 +149,7 @@ def test_a_release_without_text_has_its_record_alone(tmp_path: Path) -> None:
     record = prepare.run(dataset="corpus_v0", out=tmp_path / "v0", params=params, text="none")
     assert (record.source, record.rows) == ("none", {})
     assert [path.name for path in (tmp_path / "v0").iterdir()] == ["dataset.json"]
-    with pytest.raises(DataError, match=r"name one in prepare\.corpora\.v1"):
+    with pytest.raises(DataError, match=r"name its source in prepare\.corpora\.v1"):
         prepare.run(dataset="corpus_v1", out=tmp_path / "v1", params=params, text="corpora")
 
 

@@ -305,7 +305,7 @@ def test_a_chat_is_rendered_with_the_models_own_template(tmp_path: Path) -> None
     with pytest.raises(DataError, match="renders the question differently"):
         tasks.training_pairs("mine", data, odd)
     strict: Any = Tokenizer("{{ raise_it() }}")
-    with pytest.raises(DataError, match="does not take it"):
+    with pytest.raises(DataError, match="refuses it"):
         tasks.training_pairs("mine", data, strict)
 
 

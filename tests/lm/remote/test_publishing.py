@@ -84,7 +84,7 @@ def test_the_token_is_nowhere_but_in_the_requests(
     told = json.loads(done.stdout)
     assert told["pushed"] == {"repo": "me/x", "revision": "main", "commit": "1" * 40, "url": f"{hub.url}/me/x"}
     again = CliRunner().invoke(main, ["--no-track", *words, "--push-to-hub", "me/x"])
-    assert "is this very port already" in again.stdout
+    assert "is the result of this very port" in again.stdout
     hub.failures["/commit/"] = (500, f"we saw {token}")
     failed = CliRunner().invoke(main, ["--no-track", *words, "--force", "--push-to-hub", "me/y"])
     assert failed.exit_code == 1

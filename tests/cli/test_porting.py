@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from portllm.checkpoint.record.records import PortRecord
 from portllm.cli import main
-from portllm.cli.plans import folded
+from portllm.cli.porting import folded
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj")
 
