@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from portllm.tracking import Registered
 
 
-@click.command(short_help="Is a ported directory what it says it is?")
+@click.command(short_help="Prove a ported directory.")
 @click.argument("folder", metavar="DIR")
-@click.option("--onto", metavar="BASE", help="The release it was ported onto: compare every tensor.")
+@click.option("--onto", metavar="BASE", help="The release of the port: compare every tensor.")
 @click.option("--patch", metavar="PATCH", help="The patch it was made from; goes with --onto.")
 @click.option("--from", "source", metavar="OLD", help="The base the patch was trained on, where the port needed it.")
 @click.option("--all", "everything", is_flag=True, help="Compute every changed tensor again, not a sample.")
@@ -36,10 +36,10 @@ def verify(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Is a ported directory what its port.json says, and what its base and patch make?
+    """Prove that a ported directory is what its port.json states, and what its base and patch give.
 
-    Every file is read again and compared with port.json. With base and patch, every tensor the patch leaves alone must
-    be the base's byte for byte, and a sample of the others is computed again, whole, in float64 and rounded once.
+    Every file is read again and compared with port.json. With base and patch, every unchanged tensor must equal the
+    base's byte for byte, and a sample of the changed tensors is computed again in float64 and rounded once.
 
     \b
     Examples:
@@ -100,7 +100,7 @@ def report(
     opts: Common,
     **flags: Any,
 ) -> None:
-    """Tables and plots of all arms, as Markdown and one self-contained HTML page.
+    """Write tables and plots of all arms, as Markdown and one self-contained HTML page.
 
     What the stages cost differs from run to run, so it has a page of its own: --costs.
 
@@ -116,11 +116,11 @@ def report(
         _report_costs(results, out, force, opts)
         return
     out = out or results / "report"
-    whole = params.load(opts.params_file)
-    whole = dataclasses.replace(whole, report=apply(whole.report, flags, where="report"))
-    with stage("report", name="report", section=whole.report, opts=opts) as running:
+    tree = params.load(opts.params_file)
+    tree = dataclasses.replace(tree, report=apply(tree.report, flags, where="report"))
+    with stage("report", name="report", section=tree.report, opts=opts) as running:
         record = verb.run(
-            params=whole, models=models, evaluated=results / "evaluate", out=out, metrics=metrics, plots=plots,
+            params=tree, models=models, evaluated=results / "evaluate", out=out, metrics=metrics, plots=plots,
             force=force, on_note=running.note,
         )  # fmt: skip
         running.finish(**of_report(record, out, metrics))
@@ -143,7 +143,7 @@ def _report_costs(results: Path, out: Path | None, force: bool, opts: Common) ->
     answer(dataclasses.asdict(record), as_json=opts.as_json, line=f"{record.headline}\n{page}")
 
 
-@click.command(short_help="Ported models into the MLflow model registry.")
+@click.command(short_help="Register ported models in MLflow.")
 @click.argument("ported", type=DIRECTORY)
 @click.option("--results", type=DIRECTORY, required=True, help="What `evaluate` wrote for that release.")
 @click.option("--out", type=DIRECTORY, help="JSON file to write the decisions to.")
@@ -193,7 +193,7 @@ def _registration(version: Registered | None) -> str:
 @click.argument("path")
 @JSON
 def fingerprint(path: str, as_json: bool) -> None:
-    """One hex digest of a checkpoint's or patch's tensors, the same however they are sharded or ordered.
+    """Print one hex digest of a checkpoint's or patch's tensors, independent of their shards and order.
 
     \b
     Example:

@@ -16,14 +16,14 @@ from portllm.cli.running import Common, Stage, answer, stage
 
 
 def _pretrains(flags: Mapping[str, Any]) -> bool:
-    """Whether `fetch` trains a model."""
+    """Return whether `fetch` trains a model."""
     from portllm.verbs.fetch import SCRATCH, WORLD
 
     return (flags["source"] or params.load(flags["params_file"]).fetch.source) in (WORLD, SCRATCH)
 
 
 def _trains(flags: Mapping[str, Any]) -> bool:
-    """Whether `evolve` trains a model."""
+    """Return whether `evolve` trains a model."""
     recipe = params.load(flags["params_file"]).evolve.recipe(flags["release"])
     return recipe is None or recipe.source is None
 
@@ -44,10 +44,10 @@ def fetch(
     opts: Common,
     **flags: Any,
 ) -> None:
-    """The first release: a hub id, a local directory, the embedded world's own, or one made from scratch.
+    """Fetch or train the first release: a hub id, a local directory, the embedded world's own, or one from scratch.
 
-    A hub id is pinned to a commit, which release.json records; only safetensors are downloaded, and a download that was
-    stopped goes on where it stopped. `scratch` learns a tokenizer and a small Llama from the corpus.
+    A hub id is pinned to a commit, which release.json records; only safetensors are downloaded. `scratch` trains a
+    tokenizer and a small Llama on the corpus.
 
     \b
     Examples:
@@ -71,9 +71,9 @@ def fetch(
 
 
 @click.command(short_help="The next release: trained further, or a real one.")
-@click.option("--base", required=True, help="The release before: a directory or hub-id[@revision].")
+@click.option("--base", required=True, help="The previous release: a directory or hub-id[@revision].")
 @click.option("--corpus", type=DIRECTORY, help="Directory with train.parquet (column `text`).")
-@click.option("--release", help="Recipe to take of evolve.releases in params.yaml.")
+@click.option("--release", help="Recipe in evolve.releases of params.yaml.")
 @OUT
 @FORCE
 @of_section("evolve", params.EvolveParams, skip=("releases",))
@@ -88,10 +88,10 @@ def evolve(
     opts: Common,
     **flags: Any,
 ) -> None:
-    """The next release by continued pretraining: full-weight, or LoRA merged into the weights.
+    """Train the next release by continued pretraining: full-weight, or LoRA merged into the weights.
 
-    With --release, as evolve.releases in params.yaml says: where it names a `source`, that real release is taken as it
-    is, and release.json records what it changed against --base.
+    With --release, by its recipe in evolve.releases of params.yaml: a recipe with a `source` takes that real release
+    unchanged, and release.json records its changes against --base.
 
     \b
     Examples:
@@ -107,7 +107,7 @@ def evolve(
     section = apply(params.load(opts.params_file).evolve, flags, where="evolve")
     recipe = section.recipe(release)
     with stage("evolve", name=f"evolve {out.name}", section=section, opts=opts) as running:
-        refuse(out, force=force, inputs=())  # before gigabytes of --base come
+        refuse(out, force=force, inputs=())  # before gigabytes of --base are downloaded
         record = verb.run(
             base=running.find(base), corpus=corpus, source=recipe.source if recipe else None,
             out=out, params=section, force=force, training=_training(running), download=_download(running),

@@ -1,4 +1,4 @@
-"""What every verb shares on the command line: settings, progress, tracking, cost, the JSON object."""
+"""The parts that all commands share: settings, progress, tracking, cost, the JSON object."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from portllm.errors import PortllmError
 if TYPE_CHECKING:
     from portllm.tracking import Tracker
 
-# DVC names itself to the commands of its stages; without it, a verb was called by hand
+# DVC sets it for the commands of its stages; a command called by hand has it not
 DVC_ROOT = "DVC_ROOT"
 ORPHAN_POLL_SECONDS = 0.5
-# DVC runs a stage in $SHELL, else in sh; some of them stay as the stage's parent
+# DVC runs a stage in $SHELL, else in sh; some shells stay as the stage's parent
 SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish", "busybox"})
 PLAIN_SECONDS = 5.0
-# what ends one of several processes mostly ends the main one alike, which says so and has the launcher end the others
+# an error of one process is mostly one of the main process, too, which prints it and has the launcher end the others
 OTHERS_WAIT_SECONDS = 10.0
-# for the clean-up after a signal; the launcher kills after 30 seconds
+# time for the clean-up after a signal; the launcher kills after 30 seconds
 LEAVING_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Common:
-    """The options every pipeline verb shares."""
+    """The options of every pipeline command."""
 
     params_file: Path | None
     cost: Path | None
@@ -45,21 +45,21 @@ class Common:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the options before the verb say."""
+    """The options before the command's name."""
 
     verbose: int = 0
     quiet: bool = False
     track: bool | None = None
 
     def tracking(self, params_file: Path | None) -> bool:
-        """Whether MLflow records this call: as asked, else inside a pipeline or with a tracking server named."""
+        """Return whether MLflow records this call: by --track, else in a pipeline or with MLFLOW_TRACKING_URI."""
         if self.track is not None:
             return self.track
         return params_file is not None or DVC_ROOT in os.environ or "MLFLOW_TRACKING_URI" in os.environ
 
 
 class Verbs(click.Group):
-    """The verbs in the order of the pipeline; errors become one line and an exit code."""
+    """The commands in the order of the pipeline; errors become one line and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  (click's signature)
         return list(self.commands)
@@ -81,10 +81,10 @@ class Verbs(click.Group):
 
 
 def _of_which_process() -> str:
-    """Nothing in the main process; the others give it time to say the same first."""
+    """Return "" in the main process; another process first waits, so that the main one reports the error."""
     if processes.is_main():
         return ""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to clean up here
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # this process has nothing to clean up
     time.sleep(OTHERS_WAIT_SECONDS)
     return f" in process {processes.index()} of {processes.count()}"
 
@@ -101,7 +101,7 @@ def join_the_others() -> None:
 
 
 def _finish_leaving() -> None:
-    """On the way out of one of several processes: the launcher's signal, if it comes now, changes nothing."""
+    """Remove partial output when one of several processes ends; ignore the launcher's signal from here on."""
     from portllm.checkpoint.files.output import abandon
 
     if processes.count() > 1:
@@ -110,7 +110,7 @@ def _finish_leaving() -> None:
 
 
 def _leave(signals: int) -> None:
-    """End this process some time after a signal: Python hears of none while it waits for another process in C++."""
+    """End this process some time after a signal: Python handles none while C++ code waits for another process."""
     from portllm.checkpoint.files.output import abandon
 
     os.read(signals, 1)
@@ -120,7 +120,7 @@ def _leave(signals: int) -> None:
 
 
 class Stage:
-    """One call of a verb: shows progress, passes metrics on, and keeps what was read and written."""
+    """One call of a command: shows progress, and passes metrics and results to the tracker."""
 
     def __init__(self, verb: str, settings: Settings, tracker: Tracker) -> None:
         self._verb = verb
@@ -136,7 +136,7 @@ class Stage:
         """Show `done` of `total`: a bar with rate and remaining time on a terminal, a line now and then otherwise."""
         if self._settings.quiet or total <= 0:
             return
-        if done == 0:  # what came before, such as loading, says nothing about the rate
+        if done == 0:  # the time before, such as loading, is not part of the rate
             self._started_at = time.monotonic()
         if sys.stderr.isatty():
             self._advance(done, total, note, unit)
@@ -144,19 +144,19 @@ class Stage:
             self.part(done, total, f"{note} {self._pace(done, total, unit)}", unit=unit)
 
     def part(self, done: int, total: int, note: str = "", *, unit: str = "") -> None:
-        """Say in a plain line that `done` of `total` is done, for work that shows bars of its own."""
+        """Print in a plain line that `done` of `total` is done, for work that shows its own bars."""
         self._shown_at = time.monotonic()
         if not self._settings.quiet:
             counted = f"{done / 1e9:.2f}/{total / 1e9:.2f} GB" if unit == "B" else f"{done}/{total} {unit}"
             click.echo(" ".join(f"{self._verb}: {counted} {note}".split()), err=True)
 
     def bytes(self, done: int, total: int) -> None:
-        """`progress`, counted in bytes."""
+        """Show progress, counted in bytes."""
         self.bytes_done = done
         self.progress(done, total, unit="B")
 
     def _pace(self, done: int, total: int, unit: str) -> str:
-        """Rate and remaining time, as the bar shows them."""
+        """Return rate and remaining time, as the bar shows them."""
         rate = done / max(time.monotonic() - self._started_at, 1e-9)
         if rate <= 0:
             return ""
@@ -164,16 +164,16 @@ class Stage:
         return f"({speed}, {(total - done) / rate:.0f} s left)"
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Hand metrics of one step to the tracker."""
+        """Send metrics of one step to the tracker."""
         self.tracker.metrics(step, values)
 
     def note(self, text: str) -> None:
-        """Say a line that a user should know of."""
+        """Print a note on stderr, unless --quiet."""
         if not self._settings.quiet:
             click.echo(f"{self._verb}: {text}", err=True)
 
     def took(self, figures: Mapping[str, float]) -> None:
-        """What training took: for --cost, for the tracker, and as a line on stderr."""
+        """Record what training took: for --cost, for the tracker, and as a line on stderr."""
         from portllm.lm.learning import machine
 
         self.cost.update(figures)
@@ -181,14 +181,14 @@ class Stage:
         self.close()
         self.note(machine.usage(self.figures))
 
-    def finish(self, **told: Any) -> None:
-        """Hand the result and what was read and written to the tracker (see tracking.Tracker.finish)."""
+    def finish(self, **result: Any) -> None:
+        """Send the result, with the artifacts read and written, to the tracker (see tracking.Tracker.finish)."""
         self.close()
-        told["metrics"] = {**(told.get("metrics") or {}), **self.figures, **measured()}
-        self.tracker.finish(**told)
+        result["metrics"] = {**(result.get("metrics") or {}), **self.figures, **measured()}
+        self.tracker.finish(**result)
 
     def find(self, name: str) -> Path:
-        """The directory of a checkpoint or patch; what must be downloaded is said beforehand and shown as it comes."""
+        """Return the directory of a checkpoint or patch; a download is announced and shows its progress."""
         from portllm.lm.remote.releases import Watch, find
 
         found = find(name, Watch(on_note=self.note, on_bytes=self.bytes))
@@ -196,7 +196,7 @@ class Stage:
         return found
 
     def close(self) -> None:
-        """Take the progress bar off the terminal."""
+        """Remove the progress bar from the terminal."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -212,7 +212,7 @@ class Stage:
 
 @contextlib.contextmanager
 def stage(verb: str, *, name: str, section: Any, opts: Common, always: bool = False) -> Iterator[Stage]:
-    """Run a verb's body: tracked where asked (or `always`), timed into --cost, stopped when its DVC is gone."""
+    """Run a command's body: tracked by its settings or `always`, timed into --cost, ended with its DVC."""
     from portllm.tracking import track
 
     settings = click.get_current_context().find_object(Settings) or Settings()
@@ -231,7 +231,7 @@ def stage(verb: str, *, name: str, section: Any, opts: Common, always: bool = Fa
 
 
 def hush(*, quiet: bool) -> None:
-    """Tell the libraries, before they are imported, to draw no bars into a log file; and to say nothing if `quiet`."""
+    """Configure the libraries, before their import: no bars in a log file, and no output if `quiet`."""
     if quiet or not sys.stderr.isatty():  # our own bars become plain lines there
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -240,20 +240,20 @@ def hush(*, quiet: bool) -> None:
 
 
 def place(out: Path) -> str:
-    """How a run is named after what it writes: `v1/boolq`, short enough for MLflow's table of runs."""
+    """Return a run's name after its output: `v1/boolq`, short enough for MLflow's table of runs."""
     return f"{out.parent.name}/{out.name.removeprefix('world_')}"
 
 
 def answer(record: Mapping[str, Any], *, as_json: bool, line: str) -> None:
-    """The verb's one answer on stdout: a JSON object, or a line for people."""
+    """Print the command's one answer on stdout: a JSON object, or a line for people."""
     if not processes.is_main():
         return
     text = json.dumps(record, ensure_ascii=False) if as_json else line
-    click.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))  # a file name may be no UTF-8
+    click.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))  # a file name may not be UTF-8
 
 
 def measured() -> dict[str, float]:
-    """Seconds and peak memory of this whole process so far, its imports included: what a user waits for."""
+    """Return wall seconds and peak memory in bytes of this process so far, its imports included."""
     import resource
 
     import psutil
@@ -272,7 +272,7 @@ def _write_cost(path: Path, cost: Mapping[str, Any]) -> None:
 
 
 def follow_parent() -> None:
-    """End this process when the DVC or launcher that started it is gone: a killed pipeline leaves no stage running."""
+    """End this process when the DVC or launcher that started it has ended: no stage outlives a killed pipeline."""
     if DVC_ROOT not in os.environ and processes.count() == 1:
         return
     import psutil
@@ -283,14 +283,14 @@ def follow_parent() -> None:
         with contextlib.suppress(psutil.Error):
             while all(process.ppid() == parent for process, parent in links):
                 time.sleep(ORPHAN_POLL_SECONDS)
-        # no clean-up on purpose: OUT is not there yet, and the next run removes what is beside it
+        # no clean-up: OUT does not exist yet, and the next run removes what is next to it
         os._exit(130)
 
     threading.Thread(target=watch, daemon=True, name="follow-parent").start()
 
 
 def _links_to_dvc() -> list[tuple[Any, int]]:
-    """Each process from this one up to DVC with its parent: a shell may stand between the two, and outlive DVC."""
+    """Return each process from this one up to DVC with its parent: a shell between the two may outlive DVC."""
     import psutil
 
     links = [(psutil.Process(), os.getppid())]

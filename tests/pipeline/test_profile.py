@@ -54,6 +54,9 @@ def tiny(project: Callable[..., Any]) -> Any:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, one.folder / name)
     shutil.copytree(ROOT / ".dvc" / "plots", one.folder / ".dvc" / "plots")
+    # a tree without git, as an exported archive is (issue 8, item 10): make must set what DVC needs, in the workspace
+    (one.folder / ".git").rmdir()
+    shutil.copy(ROOT / ".dvc" / "config", one.folder / ".dvc" / "config")
     for name in ("portllm", "dvc"):  # what the Makefile takes from .venv
         (one.folder / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
         (one.folder / ".venv" / "bin" / name).symlink_to(Path(sys.executable).parent / name)

@@ -141,6 +141,8 @@ def test_a_removed_task_is_left_out_by_every_stage_and_adapters_go_through_all(w
     assert (ported / "adapter_model.safetensors").is_file()
     assert portllm(world, "verify", str(ported)).returncode == 0
     scores = json.loads((world.folder / "results/evaluate/v1.json").read_text())["results"]
-    rows = {(row["task"], row["arm"]): row["metrics"] for row in scores if row["patch_task"] in (None, KEPT)}
-    assert {(KEPT, "base"), (KEPT, "ported"), (KEPT, "tuned")} <= set(rows)
+    assert {row["patch_task"] for row in scores} == {None, KEPT}
+    assert f"{REMOVED}: is for {REMOVED}, which is not among the tasks; left out" in output
+    rows = {(row["task"], row["arm"]) for row in scores}
+    assert {(KEPT, "base"), (KEPT, "ported"), (KEPT, "tuned")} <= rows
     assert stages(make(world, "repro")) == []
