@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -153,19 +154,23 @@ def expect_fitting(patch: Path, model: Path) -> None:
 
 def expect_finite(folder: Path) -> None:
     """Refuse a patch (PatchError) or checkpoint (EvaluationError) that holds NaN or infinity; read in blocks."""
-    for header in headers(folder):
-        for entry in header.tensors.values():
-            if entry.dtype not in ARRAY_DTYPES:
-                continue
-            try:
-                check_finite(header.path, entry)
-            except PatchError as error:
-                if _is_adapter(folder):
-                    raise
-                raise EvaluationError(
-                    f"{header.path}: tensor {entry.name} holds NaN or infinity; expected finite weights, make or fetch "
-                    "the checkpoint again"
-                ) from error
+    entries = [(header.path, entry) for header in headers(folder) for entry in header.tensors.values()]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        checks = [
+            (path, entry.name, pool.submit(check_finite, path, entry))
+            for path, entry in entries
+            if entry.dtype in ARRAY_DTYPES
+        ]
+    for path, name, check_of in checks:
+        try:
+            check_of.result()
+        except PatchError as error:
+            if _is_adapter(folder):
+                raise
+            raise EvaluationError(
+                f"{path}: tensor {name} holds NaN or infinity; expected finite weights, make or fetch the checkpoint "
+                "again"
+            ) from error
 
 
 def note_idle(patches: Iterable[EvaluatedPatch], *, base: str, on_note: OnNote) -> None:
