@@ -100,7 +100,7 @@ class Harness:
             ) from error
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise EvaluationError(
-                f"{patch}: PEFT cannot put it on {self._path.name} ({_peft_reason(error)}); was it made for it?"
+                f"{patch}: PEFT cannot put it on {self._path.name} ({_peft_reason(error)}); is it for this base?"
             ) from error
 
 

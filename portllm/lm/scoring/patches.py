@@ -131,25 +131,30 @@ def check(folders: Iterable[Path], patches: Iterable[EvaluatedPatch], *, model: 
 
     Raises ShapeError, UnmatchedModulesError, PatchError, EvaluationError.
     """
-    for patch in patches:
-        if not patch.merged:
-            expect_fitting(patch.path, model)
+    adapters = [patch.path for patch in patches if not patch.merged]
+    if adapters:
+        expect_fitting(adapters, model)
     for folder in folders:
         expect_finite(folder)
 
 
-def expect_fitting(patch: Path, model: Path) -> None:
-    """Refuse, from headers alone, an adapter with tensors of other shapes or for other modules than the model's.
+def expect_fitting(adapters: Iterable[Path], model: Path) -> None:
+    """Refuse, from headers alone, adapters with tensors of other shapes or for other modules than the model's.
 
     What portllm does not port but PEFT may load passes. Raises ShapeError, UnmatchedModulesError.
     """
     try:
         base = Checkpoint.open(model)
-        make_plan(Patch.open(patch), base, layout_of(base))
-    except (ShapeError, UnmatchedModulesError) as error:
-        raise type(error)(f"{patch}: does not fit {model}: {error}") from error
+        layout = layout_of(base)
     except PortllmError:
-        pass  # a feature that is not ported, a quantised base: loading decides
+        return  # a model that only loading can judge
+    for path in adapters:
+        try:
+            make_plan(Patch.open(path), base, layout)
+        except (ShapeError, UnmatchedModulesError) as error:
+            raise type(error)(f"{path}: does not fit {model}: {error}") from error
+        except PortllmError:
+            continue  # a feature that is not ported, a quantised base: loading decides
 
 
 def expect_finite(folder: Path) -> None:

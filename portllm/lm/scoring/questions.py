@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 RECORD = "dataset.json"
 HERE = Path("data")
-# what is asked of a release's corpus: does the model recall its facts, and does it expect its text?
+# questions on a release's corpus, by the split with their rows: its facts recalled, its text expected
 NEWS = (("recall", "recall"), ("perplexity", "test"))
 
 
 class Questions:
-    """`names`: the tasks on DATA/<name>, then what a release's corpus is asked.
+    """`names`: the tasks on DATA/<name>, then the questions on a release's corpus.
 
     DATA is ./data unless it is named; then it must exist. Raises EvaluationError for no task, DataError for no DATA.
     """
@@ -79,7 +79,7 @@ class Questions:
     def load(
         self, names: Sequence[str], words: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, params: EvaluateParams
     ) -> dict[str, Any]:
-        """Return the harness's objects of `names`, made once for each tokenizer (`words`: the digests of its files)."""
+        """Return the harness's objects of `names`, built once for each tokenizer (`words`: its files' digests)."""
         loaded = self._loaded.setdefault(tuple(sorted(words.items())), {})
         missing = [self._with_cache(self._spec(name, tokenizer)) for name in names if name not in loaded]
         loaded |= load_tasks(missing, params)
@@ -170,7 +170,7 @@ def _cache_refusal() -> str | None:
 
 
 def _news(corpus: Path) -> Iterator[tuple[str, tuple[str, Path]]]:
-    """Yield what can be asked of a corpus: a real one has no facts, and a base from the hub no text."""
+    """Yield the questions a corpus has rows for: a real one has no facts, and a base from the hub no text."""
     for kind, split in NEWS:
         path = corpus / f"{split}.parquet"
         if path.is_file():

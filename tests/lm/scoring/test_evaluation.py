@@ -108,7 +108,10 @@ def test_a_patch_of_another_shape_is_an_error(checkpoint: Path, tmp_path: Path) 
     llama.new_llama(words, shape, seed=0).save_pretrained(other)
     words.save_pretrained(other)
     harness = evaluation.Harness(checkpoint, EvaluateParams(threads=1))
-    with pytest.raises(EvaluationError, match="was it made for it"), harness.patched(patch(tmp_path / "p", other)):
+    with (
+        pytest.raises(EvaluationError, match="is it for this base"),
+        harness.patched(patch(tmp_path / "p", other)),
+    ):
         pass
 
 
@@ -119,7 +122,7 @@ def test_peft_s_refusal_names_the_tensor(checkpoint: Path, tmp_path: Path) -> No
     (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 3}))
     harness = evaluation.Harness(checkpoint, EvaluateParams(threads=1))
     with (
-        pytest.raises(EvaluationError, match=r"size mismatch for .*lora_A.*was it made for it"),
+        pytest.raises(EvaluationError, match=r"size mismatch for .*lora_A.*is it for this base"),
         harness.patched(folder),
     ):
         pass
