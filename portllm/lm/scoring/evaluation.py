@@ -57,7 +57,7 @@ class Harness:
         limit = self._params.limit or None
         try:
             results = evaluate(self._lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
-        except (AssertionError, KeyError, ValueError) as error:
+        except (ArithmeticError, AssertionError, KeyError, ValueError) as error:
             raise EvaluationError(
                 f"{name}: the harness cannot score {self._path.name} ({asking.reason(error)})"
             ) from error

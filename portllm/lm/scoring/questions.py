@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +49,7 @@ class Questions:
         if not self.names:
             raise EvaluationError("no task to evaluate on; name at least one with --tasks (see `portllm tasks`)")
         self._loaded: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
-        self._cache: tempfile.TemporaryDirectory[str] | None = None
+        self._cache: str | None = None
 
     def key(self, name: str) -> dict[str, Any] | None:
         """Return digests of a task's data and definition; None for what the harness fetches from the hub itself."""
@@ -97,9 +99,10 @@ class Questions:
         if isinstance(spec, str) or (self._cache is None and (reason := _cache_refusal()) is None):
             return spec
         if self._cache is None:
-            self._cache = tempfile.TemporaryDirectory(prefix="portllm-datasets-")
+            self._cache = tempfile.mkdtemp(prefix="portllm-datasets-")
+            weakref.finalize(self, shutil.rmtree, self._cache, ignore_errors=True)
             self._on_note(f"{reason}; data are read through a temporary directory")
-        return {**spec, "dataset_kwargs": {**spec["dataset_kwargs"], "cache_dir": self._cache.name}}
+        return {**spec, "dataset_kwargs": {**spec["dataset_kwargs"], "cache_dir": self._cache}}
 
 
 class RepeatedTask:

@@ -12,6 +12,7 @@ from portllm.errors import EvaluationError
 from portllm.lm.data import tasks
 from portllm.lm.learning import llama
 from portllm.lm.scoring import evaluation, questions
+from portllm.lm.scoring.questions import Questions
 from portllm.params import ArchitectureParams, EvaluateParams
 from portllm.world import tokenizer
 
@@ -192,3 +193,25 @@ def test_a_weight_written_to_is_noticed() -> None:
     with torch.no_grad():
         base.get_input_embeddings().weight[0, 0] += 1
     assert state.restore(base, patched) is False
+
+
+def test_a_perplexity_that_no_number_holds_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
+    """issue 8, item 1: the harness's exp() overflows, which was a traceback."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+
+    corpus = tmp_path / "v1"
+    corpus.mkdir()
+    pq.write_table(pa.Table.from_pylist([{"text": "Anna likes tea"}]), corpus / "test.parquet")
+    model, words = evaluation.load_model(checkpoint)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    model.save_pretrained(tmp_path / "loud")
+    words.save_pretrained(tmp_path / "loud")
+    harness = evaluation.Harness(tmp_path / "loud", EvaluateParams(threads=1))
+    (task,) = Questions([], data=None, news=corpus).load(
+        ["corpus_v1_perplexity"], {}, harness.tokenizer, EvaluateParams()
+    ).values()  # fmt: skip
+    with pytest.raises(EvaluationError, match=r"corpus_v1_perplexity: the harness cannot score loud \(.*range"):
+        harness.score(task)
