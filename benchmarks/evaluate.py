@@ -1,4 +1,4 @@
-"""The paper's seven tasks on a base and three patches: one `portllm evaluate` beside one `lm_eval` call for each cell.
+"""The paper's seven tasks on a base and three patches: one `portllm evaluate` against an `lm_eval` call per cell.
 
     python benchmarks/evaluate.py --limit 40 --plot evaluate.svg --table evaluate.md
     python benchmarks/evaluate.py --model models/my-base --tasks sst2 gsm8k --limit 0
@@ -10,7 +10,7 @@ included; portllm's caches are empty at first, `again` is the same call once mor
 `lm_eval` also estimates the error of F1 by 100,000 resamplings, which no option switches off and which takes minutes;
 that is left out here (`--errors` leaves it in). Patches are random LoRAs of all linears. The model is a Llama of 260
 thousand parameters that writes stories, so that what is compared is all but the model's own arithmetic; it and the rows
-come from PORTLLM_DATASETS, or from shared/datasets beside the project.
+come from PORTLLM_DATASETS, or from shared/datasets next to the project.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ class Cost:
 
 
 def main() -> None:
-    """Make data and patches, run both, compare their figures, print a table; then the files asked for."""
+    """Make data and patches, run both, compare their figures, print a table, and write it where an option says so."""
     options = _options()
     with tempfile.TemporaryDirectory(prefix="portllm-bench-") as folder:
         root = Path(folder)
         patches = _apart(_make, root, options)
         first, ours = portllm(root, patches, options)
-        again, known = portllm(root, patches, options)
-        if known != ours:
+        again, cached = portllm(root, patches, options)
+        if cached != ours:
             sys.exit("portllm's own figures differ when they come from the cache")
         cells = {}
         for patch in ("", *patches):
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def portllm(root: Path, patches: Sequence[str], options: argparse.Namespace) -> tuple[Cost, Metrics]:
-    """What one `portllm evaluate` costs for all cells, and its metrics."""
+    """Return what one `portllm evaluate` costs for all cells, and its metrics."""
     out = root / "ours.json"
     words = ["--no-track", "-q", "evaluate", str(options.model), "--tasks", ",".join(options.tasks)]
     words += ["--data", str(root / "data"), "--out", str(out), "--limit", str(options.limit)]
@@ -92,7 +92,7 @@ def portllm(root: Path, patches: Sequence[str], options: argparse.Namespace) -> 
 
 
 def lm_eval(root: Path, patch: str, task: str, options: argparse.Namespace) -> tuple[Cost, Mapping[str, float]]:
-    """What one `lm_eval` call costs for one cell, and its metrics."""
+    """Return what one `lm_eval` call costs for one cell, and its metrics."""
     out = root / "theirs" / f"{patch}-{task}"
     model = f"pretrained={options.model}" + (f",peft={root / patch}" if patch else "")
     words = ["run", "--model", "hf", "--model_args", model, "--tasks", str(root / "tasks" / f"{task}.yaml")]
@@ -103,12 +103,12 @@ def lm_eval(root: Path, patch: str, task: str, options: argparse.Namespace) -> t
     cost = _run(command, root)
     (file,) = out.rglob("results_*.json")
     row = json.loads(file.read_text(encoding="utf-8"))["results"][task]
-    told = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "sample_len" and "_stderr" not in k}
-    return cost, told
+    metrics = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "sample_len" and "_stderr" not in k}
+    return cost, metrics
 
 
 def table(first: Cost, again: Cost, cells: Mapping[tuple[str, str], Cost], options: argparse.Namespace) -> str:
-    """The figures as Markdown."""
+    """Return the figures as Markdown."""
     total = sum(cells.values(), Cost(0, 0))
     names = ("lm-eval", "torch", "transformers", "peft")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
@@ -128,7 +128,7 @@ def table(first: Cost, again: Cost, cells: Mapping[tuple[str, str], Cost], optio
 
 
 def plot(first: Cost, again: Cost, cells: Mapping[tuple[str, str], Cost], file: Path) -> None:
-    """A bar for each run; that of lm_eval in parts, one for each task."""
+    """Draw a bar for each run; that of lm_eval in parts, one for each task."""
     from matplotlib import pyplot
 
     pyplot.rcParams.update({"font.size": 11, "svg.hashsalt": "portllm", "svg.fonttype": "none"})
@@ -155,7 +155,7 @@ def _compare(ours: Mapping[str, float], theirs: Mapping[str, float], where: str)
 
 
 def _run(command: Sequence[str], root: Path) -> Cost:
-    """A process, whole: it must end well."""
+    """Run a process to its end and return what it costs; exit where it fails."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(root / "cache"), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     began, used = time.perf_counter(), _cpu_seconds()
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
@@ -170,18 +170,18 @@ def _cpu_seconds() -> float:
 
 
 def _apart(make: Any, root: Path, options: argparse.Namespace) -> list[str]:
-    """`make` in a process of its own, so that what it imports is not in this one."""
+    """Run `make` in a process of its own, so that what it imports is not in this one; return the patches' names."""
     child = os.fork()
     if child == 0:
         make(root, options)
         os._exit(0)
     if os.waitpid(child, 0)[1]:
-        sys.exit("data and patches could not be made")
+        sys.exit("making data and patches failed")
     return [f"patch-{i}" for i in range(options.patches)]
 
 
 def _make(root: Path, options: argparse.Namespace) -> None:
-    """Data as `portllm prepare` writes them, the harness's task files on them, and patches."""
+    """Write data as `portllm prepare` does, the harness's task files on them, and patches."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -200,7 +200,7 @@ def _make(root: Path, options: argparse.Namespace) -> None:
 
 
 def _task_file(root: Path, task: str) -> Iterator[tuple[str, Any]]:
-    """The harness's own task on local files: made here, not by portllm's own code."""
+    """Yield the harness's own task on local files, made here and not by portllm's own code."""
     import lm_eval
 
     files = {path.stem: str(path) for path in sorted((root / "data" / task).glob("*.parquet"))}
@@ -213,7 +213,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DATASETS / "stories260k", help="the base: a directory")
     parser.add_argument("--tasks", choices=TASKS, nargs="+", default=list(TASKS))
-    parser.add_argument("--patches", type=int, default=3, help="how many patches beside the base")
+    parser.add_argument("--patches", type=int, default=3, help="how many patches next to the base")
     parser.add_argument("--limit", type=int, default=40, help="rows of a task; 0: all")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--num-fewshot", type=int, default=0)

@@ -101,7 +101,7 @@ def cached(shard: Header) -> dict[str, str] | None:
         known = tree["tensors"]
         if (tree["kind"], tree["identity"]) == (KIND, identity(shard.path.stat())) and set(known) == set(shard.tensors):
             return {str(name): _hex(value) for name, value in known.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         pass  # absent, broken or not ours: as good as no cache
     return None
 
@@ -114,7 +114,7 @@ def remember(shard: Header, known: Mapping[str, str], was: list[int]) -> None:
             return
         with staged_file(_cache_file(shard.path)) as partial:
             partial.write_text(text, encoding="utf-8")
-    except (OSError, OutputError):
+    except (OSError, OutputError, RuntimeError):
         pass  # a cache that cannot be written costs time, not correctness
 
 

@@ -57,7 +57,7 @@ class Harness:
         limit = self._params.limit or None
         try:
             results = evaluate(self._lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
-        except (AssertionError, KeyError, ValueError) as error:
+        except (ArithmeticError, AssertionError, KeyError, ValueError) as error:
             raise EvaluationError(
                 f"{name}: the harness cannot score {self._path.name} ({asking.reason(error)})"
             ) from error
@@ -100,7 +100,7 @@ class Harness:
             ) from error
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise EvaluationError(
-                f"{patch}: PEFT cannot put it on {self._path.name} ({_peft_reason(error)}); was it made for it?"
+                f"{patch}: PEFT cannot put it on {self._path.name} ({_peft_reason(error)}); is it for this base?"
             ) from error
 
 

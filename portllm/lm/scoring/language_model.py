@@ -95,7 +95,7 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the harness has no types
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **rest: Any
     ) -> list[int]:
-        """Return the tokens of a text, encoded once: every patch is asked the same."""
+        """Return the tokens of a text, encoded once: the prompts are the same for every patch."""
         if left_truncate_len is not None or rest:
             return list(super().tok_encode(string, add_special_tokens, left_truncate_len, **rest))
         key = (string, add_special_tokens)
@@ -135,7 +135,7 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the harness has no types
         groups = [dataclasses.replace(g, requests=tuple(short[i] for i in g.requests)) for g in grouped(pairs.values())]
 
         def ask(numbers: Sequence[int]) -> list[float]:
-            with _without_bars():  # the harness draws one whatever it is asked
+            with _without_bars():  # the harness draws one in any case
                 answers = super(BatchedLM, self).loglikelihood_rolling([requests[i] for i in numbers], disable_tqdm)
             return [self._finite(answer, requests[i]) for i, answer in zip(numbers, answers, strict=True)]
 
@@ -209,7 +209,7 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the harness has no types
         return [answers[i] for i in range(total)]
 
     def _fitting(self, batch: Batch, ask: Callable[[Sequence[int]], list[Answer]]) -> dict[int, Answer]:
-        """Return the answers to a batch, asked in ever smaller parts where it does not fit. Raises EvaluationError."""
+        """Return the answers to a batch, in ever smaller parts where it does not fit. Raises EvaluationError."""
         from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
         answers: dict[int, Answer] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -134,42 +135,51 @@ def check(folders: Iterable[Path], patches: Iterable[EvaluatedPatch], *, model: 
 
     Raises ShapeError, UnmatchedModulesError, PatchError, EvaluationError.
     """
-    for patch in patches:
-        if not patch.merged:
-            expect_fitting(patch.path, model)
+    adapters = [patch.path for patch in patches if not patch.merged]
+    if adapters:
+        expect_fitting(adapters, model)
     for folder in folders:
         expect_finite(folder)
 
 
-def expect_fitting(patch: Path, model: Path) -> None:
-    """Refuse, from headers alone, an adapter with tensors of other shapes or for other modules than the model's.
+def expect_fitting(adapters: Iterable[Path], model: Path) -> None:
+    """Refuse, from headers alone, adapters with tensors of other shapes or for other modules than the model's.
 
     What portllm does not port but PEFT may load passes. Raises ShapeError, UnmatchedModulesError.
     """
     try:
         base = Checkpoint.open(model)
-        make_plan(Patch.open(patch), base, layout_of(base))
-    except (ShapeError, UnmatchedModulesError) as error:
-        raise type(error)(f"{patch}: does not fit {model}: {error}") from error
+        layout = layout_of(base)
     except PortllmError:
-        pass  # a feature that is not ported, a quantised base: loading decides
+        return  # a model that only loading can judge
+    for path in adapters:
+        try:
+            make_plan(Patch.open(path), base, layout)
+        except (ShapeError, UnmatchedModulesError) as error:
+            raise type(error)(f"{path}: does not fit {model}: {error}") from error
+        except PortllmError:
+            continue  # a feature that is not ported, a quantised base: loading decides
 
 
 def expect_finite(folder: Path) -> None:
     """Refuse a patch (PatchError) or checkpoint (EvaluationError) that holds NaN or infinity; read in blocks."""
-    for header in headers(folder):
-        for entry in header.tensors.values():
-            if entry.dtype not in ARRAY_DTYPES:
-                continue
-            try:
-                check_finite(header.path, entry)
-            except PatchError as error:
-                if _is_adapter(folder):
-                    raise
-                raise EvaluationError(
-                    f"{header.path}: tensor {entry.name} holds NaN or infinity; expected finite weights, make or fetch "
-                    "the checkpoint again"
-                ) from error
+    entries = [(header.path, entry) for header in headers(folder) for entry in header.tensors.values()]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        checks = [
+            (path, entry.name, pool.submit(check_finite, path, entry))
+            for path, entry in entries
+            if entry.dtype in ARRAY_DTYPES
+        ]
+    for path, name, check_of in checks:
+        try:
+            check_of.result()
+        except PatchError as error:
+            if _is_adapter(folder):
+                raise
+            raise EvaluationError(
+                f"{path}: tensor {name} holds NaN or infinity; expected finite weights, make or fetch the checkpoint "
+                "again"
+            ) from error
 
 
 def note_idle(patches: Iterable[EvaluatedPatch], *, base: str, on_note: OnNote) -> None:

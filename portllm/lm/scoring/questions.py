@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +22,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORD = "dataset.json"
-# what is asked of a release's corpus: does the model recall its facts, and does it expect its text?
+# questions on a release's corpus, by the split with their rows: its facts recalled, its text expected
 NEWS = (("recall", "recall"), ("perplexity", "test"))
 
 
 class Questions:
-    """`names`: the tasks on DATA/<name>, then what a release's corpus is asked.
+    """`names`: the tasks on DATA/<name>, then the questions on a release's corpus.
 
     DATA, where it is not given, is looked for (tasks.data_folder); where it is, it must exist. Raises EvaluationError
     for no task and for a name that is none, DataError for no DATA.
@@ -49,7 +51,7 @@ class Questions:
         for name in self.of_the_hub():  # a slip of the pen is none of the hub's
             tasks.expect_task(name, self._folders[name])
         self._loaded: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
-        self._cache: tempfile.TemporaryDirectory[str] | None = None
+        self._cache: str | None = None
 
     def key(self, name: str) -> dict[str, Any] | None:
         """Return digests of a task's data and definition; None for what the harness fetches from the hub itself."""
@@ -81,7 +83,7 @@ class Questions:
     def load(
         self, names: Sequence[str], words: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, params: EvaluateParams
     ) -> dict[str, Any]:
-        """Return the harness's objects of `names`, made once for each tokenizer (`words`: the digests of its files)."""
+        """Return the harness's objects of `names`, built once for each tokenizer (`words`: its files' digests)."""
         loaded = self._loaded.setdefault(tuple(sorted(words.items())), {})
         missing = [self._with_cache(self._spec(name, tokenizer)) for name in names if name not in loaded]
         loaded |= load_tasks(missing, params)
@@ -100,9 +102,10 @@ class Questions:
         if isinstance(spec, str) or (self._cache is None and (reason := _cache_refusal()) is None):
             return spec
         if self._cache is None:
-            self._cache = tempfile.TemporaryDirectory(prefix="portllm-datasets-")
+            self._cache = tempfile.mkdtemp(prefix="portllm-datasets-")
+            weakref.finalize(self, shutil.rmtree, self._cache, ignore_errors=True)
             self._on_note(f"{reason}; data are read through a temporary directory")
-        return {**spec, "dataset_kwargs": {**spec["dataset_kwargs"], "cache_dir": self._cache.name}}
+        return {**spec, "dataset_kwargs": {**spec["dataset_kwargs"], "cache_dir": self._cache}}
 
 
 class RepeatedTask:
@@ -173,7 +176,7 @@ def _cache_refusal() -> str | None:
 
 
 def _news(corpus: Path) -> Iterator[tuple[str, tuple[str, Path]]]:
-    """Yield what can be asked of a corpus: a real one has no facts, and a base from the hub no text."""
+    """Yield the questions a corpus has rows for: a real one has no facts, and a base from the hub no text."""
     for kind, split in NEWS:
         path = corpus / f"{split}.parquet"
         if path.is_file():

@@ -12,6 +12,7 @@ from portllm.errors import EvaluationError
 from portllm.lm.data import tasks
 from portllm.lm.learning import llama
 from portllm.lm.scoring import evaluation, questions
+from portllm.lm.scoring.questions import Questions
 from portllm.params import ArchitectureParams, EvaluateParams
 from portllm.world import tokenizer
 
@@ -108,7 +109,10 @@ def test_a_patch_of_another_shape_is_an_error(checkpoint: Path, tmp_path: Path) 
     llama.new_llama(words, shape, seed=0).save_pretrained(other)
     words.save_pretrained(other)
     harness = evaluation.Harness(checkpoint, EvaluateParams(threads=1))
-    with pytest.raises(EvaluationError, match="was it made for it"), harness.patched(patch(tmp_path / "p", other)):
+    with (
+        pytest.raises(EvaluationError, match="is it for this base"),
+        harness.patched(patch(tmp_path / "p", other)),
+    ):
         pass
 
 
@@ -119,7 +123,7 @@ def test_peft_s_refusal_names_the_tensor(checkpoint: Path, tmp_path: Path) -> No
     (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 3}))
     harness = evaluation.Harness(checkpoint, EvaluateParams(threads=1))
     with (
-        pytest.raises(EvaluationError, match=r"size mismatch for .*lora_A.*was it made for it"),
+        pytest.raises(EvaluationError, match=r"size mismatch for .*lora_A.*is it for this base"),
         harness.patched(folder),
     ):
         pass
@@ -189,3 +193,25 @@ def test_a_weight_written_to_is_noticed() -> None:
     with torch.no_grad():
         base.get_input_embeddings().weight[0, 0] += 1
     assert state.restore(base, patched) is False
+
+
+def test_a_perplexity_that_no_number_holds_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
+    """issue 8, item 1: the harness's exp() overflows, which was a traceback."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+
+    corpus = tmp_path / "v1"
+    corpus.mkdir()
+    pq.write_table(pa.Table.from_pylist([{"text": "Anna likes tea"}]), corpus / "test.parquet")
+    model, words = evaluation.load_model(checkpoint)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    model.save_pretrained(tmp_path / "loud")
+    words.save_pretrained(tmp_path / "loud")
+    harness = evaluation.Harness(tmp_path / "loud", EvaluateParams(threads=1))
+    (task,) = Questions([], data=None, news=corpus).load(
+        ["corpus_v1_perplexity"], {}, harness.tokenizer, EvaluateParams()
+    ).values()  # fmt: skip
+    with pytest.raises(EvaluationError, match=r"corpus_v1_perplexity: the harness cannot score loud \(.*range"):
+        harness.score(task)

@@ -120,7 +120,9 @@ def test_a_cache_that_cannot_be_written_gives_a_reason(private_cache: Path) -> N
     assert ledger.find(KEY) is None
 
 
-def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_has_no_cache(
+    tmp_path: Path, make_checkpoint: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """issue 8, item 16: a container may run as a user that the system does not list."""
 
     def refuse() -> Path:
@@ -131,6 +133,8 @@ def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> 
     assert ledger.find(KEY) is None
     with pytest.raises(OutputError, match="home directory"):
         ledger.keep(KEY, scored())
+    folder = make_checkpoint(tmp_path / "m", tensors())
+    assert len(ledger.weights_identity(folder)["fingerprint"]) == 64, "without a cache of digests"
 
 
 def tensors() -> dict[str, object]:

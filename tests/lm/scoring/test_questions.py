@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -111,15 +113,21 @@ def test_building_requests_draws_no_bar(data: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle_to_reading_data(
-    data: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """issue 8, item 16: `datasets` converts local files in a cache, which may be in a home that cannot be written."""
     from datasets import config
 
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", Path("/dev/null/datasets"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
     notes: list[str] = []
     asked = Questions(["sst2", "gsm8k"], data=data, news=None, on_note=notes.append)
     loaded = asked.load(["sst2", "gsm8k"], {}, tokenizer.build(), EvaluateParams())
     assert [len(task.eval_docs) for task in loaded.values()] == [3, 3]
     (note,) = notes
     assert note.startswith("/dev/null/datasets: cannot be written (Not a directory); data are read")
+    assert list((tmp_path / "tmp").glob("portllm-datasets-*"))
+    del asked, loaded
+    gc.collect()
+    assert not list((tmp_path / "tmp").iterdir()), "nothing is left behind"
