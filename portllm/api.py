@@ -385,9 +385,9 @@ def _note(text: str) -> None:
 
 
 def _training() -> Any:
-    from portllm.lm.learning.pretraining import Watch
+    from portllm.lm.learning.pretraining import TrainingCallbacks
 
-    return Watch(on_note=_note)
+    return TrainingCallbacks(on_note=_note)
 
 
 def _download() -> Any:

@@ -121,9 +121,11 @@ def evolve(
 
 
 def _training(running: Stage) -> Any:
-    from portllm.lm.learning.pretraining import Watch
+    from portllm.lm.learning.pretraining import TrainingCallbacks
 
-    return Watch(on_metrics=running.metrics, on_progress=running.progress, on_note=running.note, on_cost=running.took)
+    return TrainingCallbacks(
+        on_metrics=running.metrics, on_progress=running.progress, on_note=running.note, on_cost=running.took
+    )
 
 
 def _download(running: Stage) -> Any:

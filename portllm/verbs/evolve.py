@@ -23,7 +23,7 @@ def run(
     corpus: Path | None = None,
     source: str | None = None,
     force: bool = False,
-    training: pretraining.Watch | None = None,
+    training: pretraining.TrainingCallbacks | None = None,
     download: releases.Watch | None = None,
 ) -> ReleaseRecord:
     """Write to `out` what `base` becomes by reading `corpus`/train.parquet, or the real release `source`.
@@ -35,27 +35,31 @@ def run(
         return _real(base, out, source, force, download or releases.Watch())
     if corpus is None:
         raise DataError("a release is trained on a corpus; pass it with --corpus DIR, or set evolve.releases.X.source")
-    return _trained(base, out, params, corpus, force, training or pretraining.Watch())
+    return _trained(base, out, params, corpus, force, training or pretraining.TrainingCallbacks())
 
 
 def _trained(
-    base: Path, out: Path, params: EvolveParams, corpus: Path, force: bool, watch: pretraining.Watch
+    base: Path, out: Path, params: EvolveParams, corpus: Path, force: bool, callbacks: pretraining.TrainingCallbacks
 ) -> ReleaseRecord:
     data = digests([corpus / pretraining.TRAIN])
     key = pretraining.key(base, data, params)
     with staged(out, force=force, inputs=(base, corpus), key=key) as folder:
-        made = pretraining.continued(base, corpus, params, watch.keeping(kept(out, key) if key else None))
-        made.save(folder)
+        checkpoints = kept(out, key) if key else None
+        release = pretraining.continued(base, corpus, params, callbacks.with_checkpoints(checkpoints))
+        release.save(folder)
+        source = _source(base)
         record = ReleaseRecord(
-            fingerprint=made.fingerprint(folder),
-            base=_source(base),
+            fingerprint=release.fingerprint(folder),
+            base=source,
             data=data,
             params={k: v for k, v in as_tree(params).items() if k != "releases"},
-            probe=made.known(corpus),
-            metrics=made.metrics,
+            probe=release.probe(corpus),
+            metrics=release.metrics,
             versions=versions("torch", "transformers", "peft"),
         )
         record.write(folder)
+        if record.fingerprint == source.fingerprint:
+            callbacks.on_note("the release equals its base: no weight changed; raise optim.learning_rate or max_steps")
     return record
 
 

@@ -23,7 +23,7 @@ def run(
     params: FetchParams,
     corpus: Path | None = None,
     force: bool = False,
-    training: pretraining.Watch | None = None,
+    training: pretraining.TrainingCallbacks | None = None,
     download: releases.Watch | None = None,
 ) -> ReleaseRecord:
     """Write the release named by `params.source` to `out`.
@@ -36,22 +36,25 @@ def run(
         return _real(out, params, force, download or releases.Watch())
     if corpus is None:
         raise DataError(f"the first release of source {params.source} is pretrained; pass its corpus with --corpus DIR")
-    return _pretrained(out, params, corpus, force, training or pretraining.Watch())
+    return _pretrained(out, params, corpus, force, training or pretraining.TrainingCallbacks())
 
 
-def _pretrained(out: Path, params: FetchParams, corpus: Path, force: bool, watch: pretraining.Watch) -> ReleaseRecord:
+def _pretrained(
+    out: Path, params: FetchParams, corpus: Path, force: bool, callbacks: pretraining.TrainingCallbacks
+) -> ReleaseRecord:
     data = digests([corpus / pretraining.TRAIN])
     key = pretraining.key(None, data, params)
     with staged(out, force=force, inputs=(corpus,), key=key) as folder:
         words = tokenizer.build() if params.source == WORLD else pretraining.own_tokenizer(corpus, params)
-        made = pretraining.from_scratch(words, corpus, params, watch.keeping(kept(out, key) if key else None))
-        made.save(folder)
+        checkpoints = kept(out, key) if key else None
+        release = pretraining.from_scratch(words, corpus, params, callbacks.with_checkpoints(checkpoints))
+        release.save(folder)
         record = ReleaseRecord(
-            fingerprint=made.fingerprint(folder),
+            fingerprint=release.fingerprint(folder),
             data=data,
             params=as_tree(params),
-            probe=made.known(corpus),
-            metrics=made.metrics,
+            probe=release.probe(corpus),
+            metrics=release.metrics,
             versions=versions("torch", "transformers"),
         )
         record.write(folder)

@@ -12,7 +12,7 @@ from portllm.checkpoint.record.card import patch_card
 from portllm.checkpoint.record.provenance import public_name, revision, versions
 from portllm.checkpoint.record.records import PatchRecord, Source
 from portllm.lm.data import tasks
-from portllm.lm.learning import loading, patching, training
+from portllm.lm.learning import batches, loading, patching, training
 from portllm.lm.learning.snapshots import training_key
 from portllm.params import TrainParams, as_tree
 
@@ -40,7 +40,7 @@ def run(
     run is gone on with by the next one of the same inputs and parameters. `on_cost` is told what training took.
     Raises DataError, CheckpointError, EvaluationError, ParamsError, MachineError and OutputError.
     """
-    training.rows_per_process(params.optim)  # before anything is read
+    batches.rows_per_process(params.optim)  # before anything is read
     data = tasks.training_folder(task, data)
     read = tasks.digests(task, data, "training")
     key = _key(base, task, read, params) if params.optim.save_steps else None

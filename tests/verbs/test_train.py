@@ -13,7 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from portllm import cli
 from portllm.checkpoint.files.output import kept
 from portllm.checkpoint.record.records import PatchRecord
 from portllm.errors import CheckpointError, EvaluationError, MachineError, ParamsError
@@ -184,3 +186,40 @@ def test_a_quantised_base_is_named_in_the_record(
     record = run(work, tmp_path / "out", dataclasses.replace(PARAMS, quantization="4bit"))
     assert record.base.quantisation == "bitsandbytes-nf4"
     assert PatchRecord.read(tmp_path / "out").base == record.base
+
+
+def test_training_that_diverges_is_one_line_and_leaves_nothing(work: SimpleNamespace, tmp_path: Path) -> None:
+    """Issue 8, item 1: an all-NaN patch was published, and scored above its base."""
+    words = ["--base", str(work.base), "--data", str(work.data), "--task", TASK, "--out", str(tmp_path / "out")]
+    flags = ["--max-steps", "6", "--learning-rate", "1e30", "--max-length", "64", "--lora-r", "2"]
+    done = CliRunner().invoke(cli.main, ["-q", "--no-track", "train", *words, *flags, "--json", "--save-steps", "1"])
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("Error: training stopped at step "), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "lower optim.learning_rate (now 1e+30)" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "noted"), [({"learning_rate": 0.0}, True), ({"warmup_ratio": 0.9}, True), ({}, False)]
+)
+def test_patch_that_changes_nothing_is_noted(
+    work: SimpleNamespace, tmp_path: Path, change: dict[str, float], noted: bool
+) -> None:
+    """Issue 8, item 1: no learning rate at all, or none in the only step, the first of the warm-up."""
+    notes: list[str] = []
+    optim = dataclasses.replace(OPTIM, max_steps=1, **change)
+    run(work, tmp_path / "out", dataclasses.replace(PARAMS, optim=optim), on_note=notes.append)
+    assert [note.startswith("the patch changes nothing") for note in notes] == [True] * noted
+
+
+def test_the_last_step_stands_in_curve_and_record(work: SimpleNamespace, tmp_path: Path) -> None:
+    """Issue 8, item 1: logging_steps is larger than the number of steps, or does not divide it."""
+    for logging_steps, steps in ((100, [4]), (3, [3, 4])):
+        optim = dataclasses.replace(OPTIM, logging_steps=logging_steps)
+        out = tmp_path / str(logging_steps)
+        record = run(work, out, dataclasses.replace(PARAMS, optim=optim))
+        rows = [line.split(",") for line in (out / "history.csv").read_text().splitlines()[1:]]
+        assert [int(step) for step, _, _ in rows] == steps
+        assert record.metrics["loss"] == float(rows[-1][1])

@@ -1,25 +1,34 @@
-"""Which rows each training step sees, and how they become tensors: the same on one process and on many."""
+"""Which rows each training step reads, and how they become tensors: the same on one process and on many."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from portllm import processes
+from portllm.errors import ParamsError
 from portllm.lm.data.encoding import IGNORED, Example
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.utils.data import DataLoader
 
-# how many batches' rows are sorted by length together: padding all but goes, and batches stay random
+    from portllm.params import OptimParams
+
+Batch = Mapping[str, "Tensor"]
+
+# the rows of that many batches are sorted by length together: little padding is left, and batches stay random
 POOL_BATCHES = 50
 
 
 class GlobalBatches:
-    """The rows of each step for one process of `count`: a batch sampler whose union over all is one batch of `size`.
+    """The rows of each batch for one process of `count`: a batch sampler whose union over all is one batch of `size`.
 
-    Order depends on seed and epoch alone, so the machine is no part of the experiment; the last batch of an epoch is
-    short rather than filled up. With `lengths`, rows of like length come together. A process may get no row at all.
+    The order depends on seed and epoch alone, so the machine is no part of the experiment; the last batch of an epoch
+    is short rather than filled up. With `lengths`, rows of like length come together. A process may get no row at all.
     """
 
     def __init__(
@@ -27,22 +36,17 @@ class GlobalBatches:
     ) -> None:
         self._rows, self._size, self._seed, self._lengths = rows, size, seed, lengths
         self._index, self._count = index, count
-        self._epoch = 0
+        self._epoch = self._skipped = 0
 
-    @property
-    def batch_sampler(self) -> GlobalBatches:
-        """Itself: Trainer tells the epoch to what its loader's batch sampler wraps."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Which epoch is read next."""
-        self._epoch = epoch
+    def set_epoch(self, epoch: int, *, skip: int = 0) -> None:
+        """Set the epoch that is read next, without its first `skip` batches."""
+        self._epoch, self._skipped = epoch, skip
 
     def __len__(self) -> int:
         return -(-self._rows // self._size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for rows in self._batches():
+        for rows in self._batches()[self._skipped :]:
             yield rows[self._index :: self._count]
 
     def _batches(self) -> list[list[int]]:
@@ -55,7 +59,7 @@ class GlobalBatches:
         length, pool = self._lengths.__getitem__, POOL_BATCHES * self._size
         pools = [sorted(order[at : at + pool], key=length, reverse=True) for at in range(0, self._rows, pool)]
         batches = self._cut([row for rows in pools for row in rows])
-        # in the pools' own order long and short batches would take turns all the time
+        # in the pools' own order long and short batches would alternate all the time
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
     def _cut(self, order: Sequence[int]) -> list[list[int]]:
@@ -63,33 +67,83 @@ class GlobalBatches:
 
 
 @dataclass
-class Counter:
-    """Tokens seen: all that were computed, and those that are no padding."""
+class TokenCounts:
+    """How many tokens were computed (`computed`), and how many of them are no padding (`useful`)."""
 
-    tokens: int = 0
+    computed: int = 0
     useful: int = 0
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Examples to a batch: input_ids and labels, int64 (rows, longest example), padded on the right.
+    """Makes a batch of examples: input_ids and labels, int64 (rows, longest example), padded on the right.
 
-    No attention mask: under causal attention no token of the text sees the padding behind it, and
-    without a mask the fast attention kernel is taken. No example gives one row without loss.
+    No attention mask: under causal attention no token of the text attends to the padding after it, and without a mask
+    the fast attention kernel is used. No example gives one row without loss.
     """
 
     pad_token_id: int
-    counter: Counter = field(default_factory=Counter)
+    counts: TokenCounts = field(default_factory=TokenCounts)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         import torch
 
         rows = examples or [{"input_ids": [self.pad_token_id] * 2, "labels": [IGNORED] * 2}]
         longest = max(len(row["input_ids"]) for row in rows)
-        self.counter.tokens += longest * len(rows)
-        self.counter.useful += sum(len(row["input_ids"]) for row in examples)
+        self.counts.computed += longest * len(rows)
+        self.counts.useful += sum(len(row["input_ids"]) for row in examples)
         fill = {"input_ids": self.pad_token_id, "labels": IGNORED}
         return {
             key: torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in rows])
             for key, value in fill.items()
         }
+
+
+def loader(examples: Sequence[Example], collator: Collator, optim: OptimParams, seed: int) -> DataLoader[Any]:
+    """Return this process's rows of every batch, as tensors."""
+    from torch.utils.data import DataLoader
+
+    lengths = [len(example["input_ids"]) for example in examples] if optim.group_by_length else None
+    batches = GlobalBatches(
+        len(examples), optim.batch_size, seed, lengths=lengths, index=processes.index(), count=processes.count()
+    )
+    return DataLoader(examples, batch_sampler=batches, collate_fn=collator)  # type: ignore[arg-type]
+
+
+def updates(
+    loader: DataLoader[Any], step: int, optim: OptimParams, restore_random: Callable[[], None] | None
+) -> Iterator[list[Batch]]:
+    """Yield the batches of each step after `step`, epoch after epoch; the last step of an epoch may have fewer.
+
+    `restore_random` is called when the random generators are about to be drawn from.
+    """
+    batches: Any = loader.batch_sampler
+    epoch, done = divmod(step, math.ceil(len(loader) / optim.gradient_accumulation))
+    for number in itertools.count(epoch):
+        batches.set_epoch(number, skip=done * optim.gradient_accumulation)
+        # the loader draws a number as an epoch begins: a snapshot of the epoch's end is from before, any other after
+        if restore_random and not done:
+            restore_random()
+        rest = iter(loader)
+        if restore_random and done:
+            restore_random()
+        while update := list(itertools.islice(rest, optim.gradient_accumulation)):
+            yield update
+        done, restore_random = 0, None
+
+
+def steps(optim: OptimParams, rows: int) -> int:
+    """Return the number of all steps of a training on `rows` rows."""
+    batches = math.ceil(rows / optim.batch_size)
+    return optim.max_steps or math.ceil(optim.epochs * math.ceil(batches / optim.gradient_accumulation))
+
+
+def rows_per_process(optim: OptimParams) -> int:
+    """Return each process's share of a batch. Raises ParamsError where the processes cannot share it evenly."""
+    rows, rest = divmod(optim.batch_size, processes.count())
+    if rest or not rows:
+        raise ParamsError(
+            f"optim.batch_size counts the rows of all processes together: expected a multiple of the "
+            f"{processes.count()} processes, found {optim.batch_size}"
+        )
+    return rows

@@ -1,4 +1,4 @@
-"""A patch's making: a LoRA trained on a task's answers, saved as PEFT saves it, byte for byte the same each time."""
+"""The making of a patch: a LoRA trained on a task's answers, saved as PEFT saves it, byte-identical each time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from portllm.lm.data import encoding
-from portllm.lm.learning import loading, training
+from portllm.lm.learning import loading, snapshots, training
 from portllm.lm.quiet import quieten
 from portllm.params import TrainParams
 
@@ -22,7 +22,7 @@ CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class TrainedPatch:
-    """A patch just trained, in memory, with its curve, what became of its rows, and what training cost."""
+    """A trained patch in memory, with its curve, the counts of its rows, and the cost of its training."""
 
     model: PeftModel
     history: Sequence[Mapping[str, float]]
@@ -32,7 +32,7 @@ class TrainedPatch:
 
     def save(self, folder: Path, *, base_name: str) -> None:
         """Write adapter_config.json and adapter_model.safetensors, naming the base without a machine's path."""
-        # of an adapted embedding PEFT would save the base's own weights too, which would go over another release's
+        # of an adapted embedding PEFT would save the base's own weights too, which would replace another release's
         self.model.save_pretrained(str(folder), state_dict=self.weights, save_embedding_layers=False)
         path = folder / CONFIG
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def train(
     checkpoints: Path | None = None,
     on_note: Callable[[str], object] = lambda _: None,
 ) -> TrainedPatch:
-    """A LoRA on `base` trained on (prompt, answer) pairs, loss on the answers only (see `training.fit`).
+    """Train a LoRA on `base` on (prompt, answer) pairs, with a loss on the answers only (see `training.fit`).
 
     Raises DataError, CheckpointError, ParamsError and MachineError.
     """
@@ -64,17 +64,28 @@ def train(
     for note in encoded.notes(params.max_length):
         on_note(note)
     model = loading.frozen_base(base, params.optim, params.quantization)
-    patched = loading.add_lora(model, params.lora, params.seed)
-    trainable = patched.num_parameters(only_trainable=True)  # once sharded, a process sees its share alone
+    adapted = loading.add_lora(model, params.lora, params.seed)
+    trainable = adapted.num_parameters(only_trainable=True)  # once sharded, a process has its share alone
     fitted = training.fit(
-        patched, tokenizer, encoded.examples, optim=params.optim, seed=params.seed,
+        adapted, tokenizer, encoded.examples, optim=params.optim, seed=params.seed,
         on_metrics=on_metrics, on_progress=on_progress, checkpoints=checkpoints, on_note=on_note,
     )  # fmt: skip
+    if does_nothing(fitted.weights or dict(snapshots.trained(adapted))):
+        on_note("the patch changes nothing: each of its updates is zero; raise optim.learning_rate or optim.max_steps")
     metrics = {
-        **training.last_loss(fitted.history),
+        "loss": fitted.loss,
         "rows": len(encoded.examples),
         "rows_cut": encoded.cut,
         "rows_dropped": encoded.dropped,
         "trainable_parameters": trainable,
     }
-    return TrainedPatch(patched, fitted.history, metrics, fitted.cost, fitted.weights)
+    return TrainedPatch(adapted, fitted.history, metrics, fitted.cost, fitted.weights)
+
+
+def does_nothing(weights: Mapping[str, Tensor]) -> bool:
+    """Return whether every update B·A of the LoRA `weights` is zero, because one of its factors is."""
+    zeros: dict[str, bool] = {}
+    for name, factor in weights.items():
+        module = name.partition(".lora_")[0]
+        zeros[module] = zeros.get(module, False) or not factor.any()
+    return all(zeros.values())

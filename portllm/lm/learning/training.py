@@ -1,55 +1,70 @@
-"""Training through transformers' Trainer: pretraining on packed text, LoRA on answers.
+"""The training loop: pretraining on packed text and LoRA on answers, on one process or many, stopped and resumed.
 
-One process or many (`accelerate launch`), fp32 or bf16, from the start or from a snapshot: the same batches in the same
-order, so the machine changes a result by rounding at most.
+Guaranteed:
+- Every step reads the same rows for any number of processes, and each token of a step counts alike, whatever the
+  padding, the accumulation and the number of processes. So the machine changes a result by rounding at most.
+- On the same kind of machine, with the same threads and processes, the weights are byte-identical from run to run, also
+  where a run was killed and resumed: a snapshot holds all that changes, as safetensors, and its checksum is verified.
+- A gradient, loss or weight that is not finite ends the training on every process, and nothing of it is saved.
+
+The loop is ours, on accelerate, because transformers' Trainer has no public way to these: its checkpoints are pickles
+and lack the loss summed since the last log line, and its loader fills up the last batch of an epoch for many processes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import itertools
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portllm import processes
-from portllm.errors import CheckpointError, MachineError, ParamsError
+from portllm.errors import CheckpointError, ParamsError
 from portllm.lm import opening
-from portllm.lm.data.encoding import Example
-from portllm.lm.learning import loop, resuming
-from portllm.lm.learning.batches import Collator, Counter, GlobalBatches
+from portllm.lm.data.encoding import IGNORED, Example
+from portllm.lm.learning import batches, machine, snapshots
+from portllm.lm.learning.batches import Batch, Collator, TokenCounts
 from portllm.lm.learning.loading import computes_in
-from portllm.lm.learning.machine import Meter
-from portllm.lm.learning.snapshots import Snapshots
+from portllm.lm.learning.snapshots import Snapshots, TrainingState
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from peft import PeftModel
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from torch.optim import AdamW
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from portllm.params import OptimParams
 
-OnMetrics = loop.OnMetrics
-OnProgress = loop.OnProgress
+OnMetrics = Callable[[int, Mapping[str, float]], object]
+OnProgress = Callable[[int, int], object]
+OnNote = Callable[[str], object]
+
+
+def _ignore(*_: object) -> None:
+    """Do nothing: the callback of those who pass none."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a training gave: the history (step, loss, learning_rate), what it cost, and the weights it trained.
+    """The result of a training: the history (step, loss, learning_rate), its cost, and the trained weights.
 
-    `weights` is None where the model itself holds them whole; sharded over processes, they are gathered here (CPU).
+    `weights` is None where the model itself holds them; where it is sharded over processes, they are gathered here, on
+    the CPU.
     """
 
     history: list[dict[str, float]]
     cost: Mapping[str, float]
     weights: Mapping[str, Tensor] | None = None
 
-
-def last_loss(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The loss of the last row as a metric; nothing where training was too short to log one."""
-    return {"loss": history[-1]["loss"]} if history else {}
+    @property
+    def loss(self) -> float:
+        """The loss of the last row."""
+        return self.history[-1]["loss"]
 
 
 def fit(
@@ -62,73 +77,196 @@ def fit(
     on_metrics: OnMetrics | None = None,
     on_progress: OnProgress | None = None,
     checkpoints: Path | None = None,
-    on_note: Callable[[str], object] = lambda _: None,
+    on_note: OnNote = _ignore,
 ) -> Fitted:
-    """Train `model` in place, and go on from the last snapshot in `checkpoints`, if any.
+    """Train `model` in place, from the last snapshot in `checkpoints` on, if there is one.
 
-    The same inputs on the same machine give byte-identical weights, stopped and resumed or not. `on_metrics(step,
-    metrics)` is called with each row of the history as it comes, `on_progress(step, steps)` after each step.
-    Raises ParamsError, CheckpointError and MachineError.
+    The history has a row every optim.logging_steps steps and one for the last step: the mean loss since the row before.
+    `on_metrics(step, metrics)` gets each row, those before a resumption included; `on_progress(step, steps)` each step.
+    Raises ParamsError, also where a gradient, loss or weight is not finite, CheckpointError and MachineError.
     """
-    known = _known_tokens(model, tokenizer, examples)
+    padding = _padding(model, tokenizer, examples)
     if optim.gradient_checkpointing:
         _recompute(model)
-    counter, meter = Counter(), Meter()
-    with tempfile.TemporaryDirectory() as scratch, _threads(optim.threads), _refusals_of_the_machine():
-        arguments = _arguments(optim, seed, len(examples), scratch)
-        if processes.count() == 1:
-            arguments._n_gpu = min(arguments.n_gpu, 1)  # or DataParallel splits each batch over all GPUs there are
-        snapshots = Snapshots(checkpoints, on_note) if checkpoints and optim.save_steps else None
-        plan = loop.Plan(
-            batches=_batches(examples, optim, seed),
-            snapshots=snapshots,
-            resumed=_resumed(snapshots, on_note),
-            on_metrics=on_metrics,
-            on_progress=on_progress,
-        )
-        # many bases have no token for padding, or no row for it; it carries no loss, and no token of the text sees it
-        padding = tokenizer.pad_token_id or 0
-        collator = Collator(padding if padding < known else 0, counter)
-        trainer = loop.planned_trainer(
-            plan, model=model, args=arguments, train_dataset=examples, data_collator=collator
-        )
-        if processes.index():
-            _other_dropout(seed)
+    counts, meter = TokenCounts(), machine.CostMeter()
+    with machine.fixed_threads(optim.threads), machine.refusals():
+        loop = _prepared(model, optim, seed, len(examples))
+        files = Snapshots(checkpoints, on_note) if checkpoints and optim.save_steps else None
+        restore_random = snapshots.restore(loop.state, files) if files else None
+        if restore_random:
+            on_note(f"going on after step {loop.state.step}, where an earlier run was stopped")
+        loader = batches.loader(examples, Collator(padding, counts), optim, seed)
         with meter.running():
-            trainer.train(resume_from_checkpoint=plan.checkpoint(Path(scratch)))
-        history = [loop.row(entry) for entry in trainer.state.log_history if "loss" in entry]
-        fitted = Fitted(history, meter.figures(counter.tokens, counter.useful), _gathered(model))
+            updates = batches.updates(loader, loop.state.step, optim, restore_random)
+            loop.run(updates, on_metrics, on_progress, files)
+        weights = _gathered(model)
+        loop.check_weights(weights or dict(snapshots.trained(model)))
+        fitted = Fitted(loop.state.history, meter.figures(counts.computed, counts.useful), weights)
     model.eval()
     return fitted
 
 
-def _known_tokens(
+@dataclass(frozen=True)
+class _Loop:
+    """A training under way on this process: `model` is wrapped for the processes, `state` is all that changes.
+
+    `divides`: the model divides its summed loss by a number of targets.
+    """
+
+    accelerator: Accelerator
+    model: Any
+    state: TrainingState
+    optim: OptimParams
+    steps: int
+    divides: bool
+
+    def run(
+        self,
+        updates: Iterator[list[Batch]],
+        on_metrics: OnMetrics | None,
+        on_progress: OnProgress | None,
+        files: Snapshots | None,
+    ) -> None:
+        """Make each step of `updates` that is left: update, report, log, write a snapshot."""
+        state, optim, on_metrics, on_progress = self.state, self.optim, on_metrics or _ignore, on_progress or _ignore
+        for row in state.history:
+            _report(row, on_metrics)
+        for update in itertools.islice(updates, self.steps - state.step):
+            rate = float(state.schedule.get_last_lr()[0])
+            self._update(update)
+            on_progress(state.step, self.steps)
+            is_last = state.step == self.steps
+            if is_last or state.step % optim.logging_steps == 0:
+                self._log(rate)
+                _report(state.history[-1], on_metrics)
+            if files and not is_last and state.step % optim.save_steps == 0:
+                snapshot = snapshots.capture(state)
+                if processes.is_main():
+                    files.write(snapshot)
+
+    def _update(self, update: Sequence[Batch]) -> None:
+        """Make one step of its batches, this process's rows of them. Raises ParamsError on all processes alike."""
+        state, accelerator = self.state, self.accelerator
+        own = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in update)
+        targets = accelerator.gather(state.loss_sum.new_tensor([own])).sum()
+        for number, batch in enumerate(update, start=1):
+            # the processes' gradients are summed once a step
+            with contextlib.nullcontext() if number == len(update) else accelerator.no_sync(self.model):
+                loss = self._loss({key: value.to(accelerator.device) for key, value in batch.items()}, targets)
+                accelerator.backward(loss)
+            state.loss_sum += loss.detach()
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.optim.max_grad_norm or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self._check("gradient's norm", float(norm), state.step + 1)
+        state.optimizer.step()
+        state.schedule.step()
+        state.optimizer.zero_grad()
+        state.step += 1
+
+    def _loss(self, batch: Batch, targets: Tensor) -> Tensor:
+        """Return the sum of the batch's losses by `targets`, the number of tokens with a loss in the step.
+
+        DDP and FSDP divide gradients by the number of processes: the loss is multiplied by it.
+        """
+        import torch
+
+        bf16 = computes_in(self.optim.precision) == "bf16"
+        with torch.autocast(targets.device.type, torch.bfloat16, enabled=bf16):
+            if self.divides:
+                loss: Tensor = self.model(**batch, num_items_in_batch=targets).loss
+            else:
+                logits, labels = self.model(input_ids=batch["input_ids"]).logits[:, :-1], batch["labels"][:, 1:]
+                each = torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+                )
+                loss = each / targets
+        return loss * processes.count()
+
+    def _log(self, rate: float) -> None:
+        """Add a row to the history: the mean loss since the row before. Raises ParamsError on all processes alike."""
+        state = self.state
+        loss = float(self.accelerator.gather(state.loss_sum).mean()) / (state.step - state.logged)
+        self._check("loss", loss, state.step)
+        state.loss_sum.zero_()
+        state.logged = state.step
+        state.history.append({"step": state.step, "loss": loss, "learning_rate": rate})
+
+    def check_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Raise ParamsError for the first of the trained `weights` that is not finite."""
+        for name, weight in weights.items():
+            for value in weight.detach()[~weight.isfinite()][:1]:
+                self._check(name, float(value), self.state.step)
+
+    def _check(self, name: str, value: float, step: int) -> None:
+        if math.isfinite(value):
+            return
+        cure = f"lower optim.learning_rate (now {self.optim.learning_rate:g}) or raise optim.warmup_ratio"
+        if self.state.step == 0:  # no weight has changed yet
+            cure = "check the base's weights, or use optim.precision: fp32"
+        raise ParamsError(
+            f"training stopped at step {step} of {self.steps}: expected a finite {name}, found {value}; {cure}"
+        )
+
+
+def _prepared(model: Any, optim: OptimParams, seed: int, rows: int) -> _Loop:
+    """Return the training of `model` before its first step."""
+    from accelerate.utils import set_seed
+    from transformers import get_scheduler
+
+    steps, accelerator = batches.steps(optim, rows), machine.accelerator_for(optim)
+    # seeded alike, the processes would drop the same places of different rows
+    set_seed(seed + processes.index())
+    model.config.use_cache = False  # keys and values of earlier tokens are for generation
+    optimizer = _optimizer(model, optim)
+    wrapped, _ = accelerator.prepare(model, optimizer)
+    decays = optim.schedule == "warmup_stable_decay"
+    schedule = get_scheduler(
+        optim.schedule,
+        optimizer,
+        num_warmup_steps=math.ceil(steps * optim.warmup_ratio),
+        num_training_steps=steps,
+        scheduler_specific_kwargs={"num_decay_steps": round(steps * optim.decay_ratio)} if decays else {},
+    )
+    wrapped.train()
+    state = TrainingState(model, optimizer, schedule, accelerator.device)
+    return _Loop(accelerator, wrapped, state, optim, steps, _divides(model))
+
+
+def _optimizer(model: Any, optim: OptimParams) -> AdamW:
+    """Return AdamW (arXiv:1711.05101) of what is trained; vectors, which are norms and biases, do not decay."""
+    from torch.optim import AdamW
+
+    parameters = [parameter for _, parameter in snapshots.trained(model)]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), eps=1e-8, fused=True)
+
+
+def _divides(model: Any) -> bool:
+    """Return whether `model` takes the number of targets to divide its loss by, as transformers' own models do."""
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    parameters = inspect.signature(inner.forward).parameters.values()
+    takes_any = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    return bool(getattr(inner, "accepts_loss_kwargs", takes_any))
+
+
+def _padding(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> int:
-    """How many tokens `model` has rows for. Raises CheckpointError where `examples` hold another."""
-    known = opening.known_tokens(model)
-    if len(tokenizer) > known:  # not wrong in itself: some have tokens for pictures, which no text comes to
+    """Return the token to pad with. Raises CheckpointError where `examples` hold a token that `model` has no row for.
+
+    Many bases have no token for padding, or no row for it: any other does, as it carries no loss and no token of the
+    text attends to it.
+    """
+    rows = opening.known_tokens(model)
+    if len(tokenizer) > rows:  # not wrong in itself: some tokens are for pictures, and never occur in text
         highest = max(max(example["input_ids"]) for example in examples)
-        if highest >= known:
-            raise CheckpointError(opening.unknown(highest, known))
-    return known
-
-
-def _batches(examples: Sequence[Example], optim: OptimParams, seed: int) -> GlobalBatches:
-    lengths = [len(example["input_ids"]) for example in examples] if optim.group_by_length else None
-    return GlobalBatches(
-        len(examples), optim.batch_size, seed, lengths=lengths, index=processes.index(), count=processes.count()
-    )
-
-
-def _resumed(snapshots: Snapshots | None, on_note: Callable[[str], object]) -> resuming.Resumed | None:
-    """The last snapshot, on its way to every process."""
-    if snapshots is None:
-        return None
-    resumed = resuming.Resumed(snapshots.newest() if processes.is_main() else None)
-    if resumed:
-        on_note(f"going on after step {resumed.step}, where an earlier run was stopped")
-    return resumed
+        if highest >= rows:
+            raise CheckpointError(opening.unknown(highest, rows))
+    padding = tokenizer.pad_token_id or 0
+    return padding if padding < rows else 0
 
 
 def _recompute(model: PreTrainedModel | PeftModel) -> None:
@@ -140,114 +278,13 @@ def _recompute(model: PreTrainedModel | PeftModel) -> None:
         model.enable_input_require_grads()
 
 
-def _other_dropout(seed: int) -> None:
-    """Trainer seeds every process alike: they would all drop the same places of different rows."""
-    import torch
-
-    torch.manual_seed(seed + processes.index())
-
-
 def _gathered(model: PreTrainedModel | PeftModel) -> dict[str, Tensor] | None:
-    """The trained weights, whole, where they are sharded over processes; every process has to call it."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not any(hasattr(parameter, "full_tensor") for parameter in trained.values()):
+    """Return the trained weights where they are sharded over processes; every process has to call it."""
+    parameters = dict(snapshots.trained(model))
+    if not any(hasattr(parameter, "full_tensor") for parameter in parameters.values()):
         return None
-    return {name: resuming.whole(parameter) for name, parameter in trained.items()}
+    return {name: snapshots.gather(parameter) for name, parameter in parameters.items()}
 
 
-def rows_per_process(optim: OptimParams) -> int:
-    """Each process's share of a batch. Raises ParamsError where the processes cannot share it evenly."""
-    rows, left = divmod(optim.batch_size, processes.count())
-    if left or not rows:
-        raise ParamsError(
-            f"optim.batch_size counts the rows of all processes together: expected a multiple of the "
-            f"{processes.count()} processes, found {optim.batch_size}"
-        )
-    return rows
-
-
-def _arguments(optim: OptimParams, seed: int, rows: int, scratch: str) -> TrainingArguments:
-    from transformers import TrainingArguments
-
-    precision = computes_in(optim.precision)
-    return TrainingArguments(
-        output_dir=scratch,
-        learning_rate=optim.learning_rate,
-        num_train_epochs=optim.epochs,
-        max_steps=optim.max_steps or -1,
-        per_device_train_batch_size=rows_per_process(optim),
-        gradient_accumulation_steps=optim.gradient_accumulation,
-        lr_scheduler_type=optim.schedule,
-        lr_scheduler_kwargs=_schedule_settings(optim, rows),
-        warmup_steps=optim.warmup_ratio,  # below 1 it is a share of all steps
-        weight_decay=optim.weight_decay,
-        adam_beta1=optim.beta1,
-        adam_beta2=optim.beta2,
-        max_grad_norm=optim.max_grad_norm,
-        logging_steps=optim.logging_steps,
-        seed=seed,
-        data_seed=seed,
-        bf16=precision == "bf16",
-        use_cpu=_on_cpu(precision),
-        save_strategy="steps" if optim.save_steps else "no",
-        save_steps=optim.save_steps or 1,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        ddp_find_unused_parameters=False,
-        logging_nan_inf_filter=False,  # a loss that is not a number is shown as such
-    )
-
-
-def _on_cpu(precision: str) -> bool:
-    """Whether to say outright that the CPU computes, which transformers wants with bf16 or several processes."""
-    import torch
-
-    return not torch.cuda.is_available() and (precision == "bf16" or processes.count() > 1)
-
-
-def _schedule_settings(optim: OptimParams, rows: int) -> dict[str, Any]:
-    if optim.schedule != "warmup_stable_decay":
-        return {}
-    return {"num_decay_steps": round(_steps(optim, rows) * optim.decay_ratio)}
-
-
-def _steps(optim: OptimParams, rows: int) -> int:
-    """All steps of a training on `rows` rows, as Trainer counts them."""
-    batches = math.ceil(rows / optim.batch_size)
-    return optim.max_steps or math.ceil(optim.epochs * math.ceil(batches / optim.gradient_accumulation))
-
-
-@contextlib.contextmanager
-def _refusals_of_the_machine() -> Iterator[None]:
-    """Too little memory on a GPU, and another process's end, as errors that say what to do."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise MachineError(
-            "the GPU's memory is too small for this training; lower optim.batch_size and raise "
-            "optim.gradient_accumulation, set optim.gradient_checkpointing, or train.quantization: 4bit"
-        ) from error
-    except RuntimeError as error:
-        if processes.count() == 1:
-            raise
-        raise MachineError(f"training stopped, perhaps because another process ended ({_line(error)})") from error
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Run with `count` threads (0: as it is): sums are rounded in another order with another number of threads."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _report(row: Mapping[str, float], on_metrics: OnMetrics) -> None:
+    on_metrics(int(row["step"]), {key: value for key, value in row.items() if key != "step"})

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from portllm.lm.data.encoding import IGNORED
-from portllm.lm.learning.batches import Collator, Counter, GlobalBatches
+from portllm.lm.learning.batches import Collator, GlobalBatches, TokenCounts
 
 ROWS = 103
 LENGTHS = random.Random(0).choices(range(3, 200), k=ROWS)
@@ -55,16 +55,16 @@ def test_grouped_rows_need_less_padding_and_lengths_come_in_no_order() -> None:
 def test_a_process_without_rows_gets_a_batch_without_loss() -> None:
     shares = [epoch(0, index=i, count=8) for i in range(8)]
     assert [len(share[-1]) for share in shares] == [1] * (ROWS % 8) + [0] * (8 - ROWS % 8)
-    counter = Counter()
-    batch = Collator(0, counter)([])
+    counts = TokenCounts()
+    batch = Collator(0, counts)([])
     assert batch["labels"].tolist() == [[IGNORED, IGNORED]]
-    assert counter == Counter(tokens=2, useful=0)
+    assert counts == TokenCounts(computed=2, useful=0)
 
 
 def test_padding_is_counted_and_carries_no_loss() -> None:
-    counter = Counter()
-    collate = Collator(9, counter)
+    counts = TokenCounts()
+    collate = Collator(9, counts)
     batch = collate([{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3]}, {"input_ids": [4], "labels": [4]}])
     assert torch.equal(batch["input_ids"], torch.tensor([[1, 2, 3], [4, 9, 9]]))
     assert torch.equal(batch["labels"], torch.tensor([[IGNORED, 2, 3], [4, IGNORED, IGNORED]]))
-    assert counter == Counter(tokens=6, useful=4)
+    assert counts == TokenCounts(computed=6, useful=4)

@@ -14,7 +14,7 @@ def test_a_busy_block_is_busy_and_an_idle_one_is_not() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        idle, busy = machine.Meter(), machine.Meter()
+        idle, busy = machine.CostMeter(), machine.CostMeter()
         with idle.running():
             time.sleep(0.2)
         with busy.running():
@@ -69,7 +69,7 @@ def test_it_is_this_process_s_gpu_that_is_looked_at(answer: int | Exception, mon
     for name in ("reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(f"torch.cuda.{name}", lambda: None)
     monkeypatch.setattr("torch.cuda.utilization", utilization)
-    meter = machine.Meter()
+    meter = machine.CostMeter()
     with meter.running():
         time.sleep(0.1)
     assert set(asked) == {3}

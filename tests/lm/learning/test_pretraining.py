@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +19,7 @@ from portllm.lm.learning import llama, pretraining
 from portllm.lm.learning.words import byte_pairs
 from portllm.params import ArchitectureParams, EvolveParams, FetchParams, LoraParams, OptimParams
 from portllm.verbs import evolve, fetch
+from portllm.world import tokenizer as world_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and peft warn of each other
 
@@ -185,10 +187,89 @@ def test_what_was_killed_goes_on_to_the_same_weights(tmp_path: Path, corpus: Pat
     notes: list[str] = []
     with pytest.raises(Killed):
         evolve.run(
-            base=base, corpus=corpus, out=tmp_path / "out", params=params, training=pretraining.Watch(on_metrics=kill)
+            base=base,
+            corpus=corpus,
+            out=tmp_path / "out",
+            params=params,
+            training=pretraining.TrainingCallbacks(on_metrics=kill),
         )
     assert not (tmp_path / "out").exists()
-    watch = pretraining.Watch(on_note=notes.append)
-    assert evolve.run(base=base, corpus=corpus, out=tmp_path / "out", params=params, training=watch) == whole
+    callbacks = pretraining.TrainingCallbacks(on_note=notes.append)
+    assert evolve.run(base=base, corpus=corpus, out=tmp_path / "out", params=params, training=callbacks) == whole
     assert any("going on after step 2" in note for note in notes)
     assert {p.name for p in tmp_path.iterdir()} == {"base", "whole", "out"}
+
+
+class Successor(torch.nn.Module):
+    """A model whose likeliest token after t is t + 1."""
+
+    device = torch.device("cpu")
+
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(input_ids + 1, 600).float())
+
+
+def test_probe_counts_greedy_continuations() -> None:
+    words = world_tokenizer.build()
+
+    def text(*ids: int) -> str:
+        return words.decode(ids)
+
+    right, long, wrong, half = (
+        (text(20, 21), text(22)),
+        (text(30), text(31, 32, 33)),
+        (text(20, 21), text(23)),
+        (text(30), text(31, 33)),
+    )
+    model = Successor().train()
+    assert pretraining.share_answered(model, words, [right, long]) == 1.0
+    assert pretraining.share_answered(model, words, [right, wrong]) == 0.5
+    assert pretraining.share_answered(model, words, [right, long, wrong, half] * 40) == 0.5
+    assert model.training
+
+
+def test_probe_without_prompts_is_zero() -> None:
+    assert pretraining.share_answered(Successor(), world_tokenizer.build(), []) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_release_that_equals_its_base_is_noted(tmp_path: Path, corpus: Path, mode: Any) -> None:
+    """Issue 8, item 1: a learning rate of 0 changes nothing."""
+    base = in_dtype(tmp_path / "base", torch.float32)
+    for rate, noted in ((0.0, True), (1e-2, False)):
+        notes: list[str] = []
+        optim = dataclasses.replace(OPTIM, learning_rate=rate)
+        params = EvolveParams(mode=mode, block_length=16, optim=optim, lora=LoraParams(r=2, alpha=4))
+        evolve.run(
+            base=base, corpus=corpus, out=tmp_path / f"out-{rate}", params=params,
+            training=pretraining.TrainingCallbacks(on_note=notes.append),
+        )  # fmt: skip
+        assert [note.startswith("the release equals its base: no weight changed") for note in notes] == [True] * noted
+
+
+@pytest.mark.parametrize("verb", ["fetch", "evolve full", "evolve lora"])
+def test_pretraining_that_diverges_leaves_nothing(tmp_path: Path, corpus: Path, verb: str) -> None:
+    """Issue 8, item 1, with snapshots of the steps before."""
+    base, out = in_dtype(tmp_path / "base", torch.float32), tmp_path / "out"
+    optim = dataclasses.replace(OPTIM, learning_rate=1e30, max_steps=6, save_steps=1, max_grad_norm=0.0)
+    scratch = dataclasses.replace(SCRATCH, optim=optim)
+    further = EvolveParams(mode="full", block_length=16, optim=optim, lora=LoraParams(r=2, alpha=4))
+    run = {
+        "fetch": lambda: fetch.run(out=out, params=scratch, corpus=corpus),
+        "evolve full": lambda: evolve.run(base=base, corpus=corpus, out=out, params=further),
+        "evolve lora": lambda: evolve.run(
+            base=base, corpus=corpus, out=out, params=dataclasses.replace(further, mode="lora")
+        ),
+    }[verb]
+    with pytest.raises(ParamsError, match=r"lower optim\.learning_rate"):
+        run()
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_weight_beyond_the_base_s_dtype_is_an_error(tmp_path: Path, corpus: Path) -> None:
+    """Issue 8, item 1: finite in fp32, in which it is trained, and infinite in the fp16 of the base."""
+    base = in_dtype(tmp_path / "base", torch.float16)
+    optim = dataclasses.replace(OPTIM, learning_rate=1e5, max_steps=1)
+    with pytest.raises(ParamsError, match=r"range of the base's dtype torch.float16, found one beyond it; lower"):
+        evolve.run(base=base, corpus=corpus, out=tmp_path / "out", params=EvolveParams(block_length=16, optim=optim))
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from portllm.errors import CheckpointError
+from portllm.errors import CheckpointError, ParamsError
 from portllm.lm.data import encoding
 from portllm.lm.learning import batches, llama, loading, snapshots, training
 from portllm.params import ArchitectureParams, LoraParams, OptimParams
@@ -39,7 +39,7 @@ def tiny(words: object) -> torch.nn.Module:
 def test_padding_does_not_change_the_loss_of_a_row(words: object) -> None:
     model = tiny(words).eval()
     short, long = encoding.encode(words, PAIRS[:2], 32).examples
-    collate = training.Collator(words.pad_token_id)
+    collate = batches.Collator(words.pad_token_id)
     alone = model(**collate([long])).logits
     padded = model(**collate([short, long])).logits[1, : len(long["input_ids"])]
     torch.testing.assert_close(padded, alone[0], rtol=0, atol=1e-6)
@@ -112,7 +112,7 @@ def test_a_training_resumed_is_the_training_undisturbed(words: object, tmp_path:
     resumed = trained(words, optim, tmp_path)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert len(whole["loss"]) == 4
+    assert len(whole["loss"]) == 5  # steps 2, 4, 6, 8 and the last
 
 
 def test_what_is_told_before_a_resumption_is_told_again(words: object, tmp_path: Path) -> None:
@@ -265,3 +265,65 @@ def test_every_family_learns_whatever_its_rows_are_padded_with(family: str, word
     again = PeftModel.from_pretrained(loading.frozen_base(tmp_path, optim), tmp_path / "patch").eval()
     with torch.no_grad():
         torch.testing.assert_close(again(**padded).loss, model(**padded).loss)
+
+
+def test_training_that_diverges_ends_at_the_step_and_names_the_rate(words: object) -> None:
+    """Issue 8, item 1: before any row of the history would show it."""
+    optim = dataclasses.replace(OPTIM, learning_rate=1e30, max_steps=40, logging_steps=100, schedule="constant")
+    model = loading.add_lora(tiny(words), LoraParams(r=2, alpha=4, dropout=0.0), seed=5)
+    steps: list[int] = []
+    examples = encoding.encode(words, PAIRS, 32).examples
+    with pytest.raises(ParamsError, match=r"expected a finite gradient's norm, found (nan|inf)") as caught:
+        training.fit(model, words, examples, optim=optim, seed=5, on_progress=lambda step, _: steps.append(step))
+    assert f"training stopped at step {len(steps) + 1} of 40" in str(caught.value)
+    assert "lower optim.learning_rate (now 1e+30)" in str(caught.value)
+    assert len(steps) < 5
+
+
+def test_base_with_a_weight_that_is_not_finite_ends_the_first_step(words: object) -> None:
+    """Issue 8, item 1: the learning rate is not to blame."""
+    model = tiny(words)
+    model.model.norm.weight.data[3] = float("nan")
+    examples = encoding.encode(words, PAIRS, 32).examples
+    with pytest.raises(ParamsError, match=r"stopped at step 1 of 6: .*, found nan; check the base's weights"):
+        training.fit(model, words, examples, optim=OPTIM, seed=5)
+
+
+def test_weight_that_overflows_in_the_last_step_is_an_error(words: object) -> None:
+    """Issue 8, item 1: no later step would show it."""
+    examples = encoding.encode(words, PAIRS, 32).examples
+    optim = dataclasses.replace(OPTIM, learning_rate=1e36, max_steps=1, schedule="constant")
+    assert len(training.fit(tiny(words), words, examples, optim=optim, seed=5).history) == 1
+    optim = dataclasses.replace(optim, learning_rate=1e38)
+    with pytest.raises(ParamsError, match=r"step 1 of 1: expected a finite model\..*, found (nan|-?inf); lower optim"):
+        training.fit(tiny(words), words, examples, optim=optim, seed=5)
+
+
+def test_the_last_step_has_a_row_in_the_history(words: object) -> None:
+    """Issue 8, item 1: the mean loss since the row before, also where logging_steps does not divide the steps."""
+    examples = encoding.encode(words, PAIRS, 32).examples
+    histories = []
+    for logging_steps in (1, 3, 100):
+        optim = dataclasses.replace(OPTIM, max_steps=5, logging_steps=logging_steps)
+        rows: list[int] = []
+        fitted = training.fit(
+            tiny(words), words, examples, optim=optim, seed=5, on_metrics=lambda step, _, rows=rows: rows.append(step)
+        )
+        assert rows == [row["step"] for row in fitted.history]
+        assert fitted.loss == fitted.history[-1]["loss"]
+        histories.append([(row["step"], row["loss"]) for row in fitted.history])
+    each = [loss for _, loss in histories[0]]
+    for history, expected in zip(histories[1:], ([(3, each[:3]), (5, each[3:])], [(5, each)]), strict=True):
+        assert [step for step, _ in history] == [step for step, _ in expected]
+        for (_, loss), (_, losses) in zip(history, expected, strict=True):
+            assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+def test_model_that_takes_no_number_of_targets_learns_the_same(words: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = encoding.encode(words, PAIRS * 4, 32).examples
+    optim = dataclasses.replace(OPTIM, gradient_accumulation=2, logging_steps=1)
+    losses = []
+    for takes in (True, False):
+        monkeypatch.setattr("transformers.LlamaForCausalLM.accepts_loss_kwargs", takes, raising=False)
+        losses.append([row["loss"] for row in training.fit(tiny(words), words, examples, optim=optim, seed=5).history])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
