@@ -1,6 +1,6 @@
 """The paper's seven tasks on their real data: our figures are those of the `lm_eval` command line, to the last digit.
 
-The model is a Llama of 260 thousand parameters; it, a patch of it, and the patch ported onto a changed model are asked.
+A Llama of 260 thousand parameters, a patch of it, and the patch ported onto a changed model are scored.
 `lm_eval` reads the files through task files of this test's own making, not through ours, and is started as its users
 start it, but for two things: the resampling of errors, which takes minutes for F1 and has no option to switch it off,
 and that the three calls share a process, which loads the libraries and the list of tasks once. The data lie outside the
@@ -101,8 +101,8 @@ def theirs(root: Path) -> dict[str, tuple[dict[str, Any], dict[str, list[Any]]]]
     (root / "tasks").mkdir()
     for task, file in TASKS.items():
         splits = {path.stem: str(path) for path in sorted((root / "data" / task).glob("*.parquet"))}
-        told = {"include": str(own / file), "task": task, "dataset_path": "parquet", "dataset_name": None}
-        (root / "tasks" / f"{task}.yaml").write_text(json.dumps({**told, "dataset_kwargs": {"data_files": splits}}))
+        config = {"include": str(own / file), "task": task, "dataset_path": "parquet", "dataset_name": None}
+        (root / "tasks" / f"{task}.yaml").write_text(json.dumps({**config, "dataset_kwargs": {"data_files": splits}}))
     files = [str(root / "tasks" / f"{task}.yaml") for task in TASKS]
     common = [
         "--tasks",
@@ -137,16 +137,16 @@ def _printed(folder: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
 
 @pytest.fixture(scope="module")
 def ours(root: Path) -> dict[str, Any]:
-    """Cells of the base, the patch over it and the ported checkpoint, by model and task."""
+    """Scores of the base, the patch over it and the ported checkpoint, by model and task."""
     from portllm.params import EvaluateParams
     from portllm.verbs import evaluate
 
-    told: dict[str, Any] = {"tasks": list(TASKS), "data": root / "data", "cache": False}
+    common: dict[str, Any] = {"tasks": list(TASKS), "data": root / "data", "cache": False}
     params = EvaluateParams(limit=LIMIT, threads=1, batch_size=ROWS)
-    over = evaluate.run(model=STORIES, patches=[root / "patch"], out=root / "base.json", params=params, **told)
-    alone = evaluate.run(model=root / "ported", out=root / "ported.json", params=params, **told)
-    cells = {("base" if c.patch is None else "patch", c.task): c for c in over.scores}
-    return cells | {("ported", c.task): c for c in alone.scores}
+    over = evaluate.run(model=STORIES, patches=[root / "patch"], out=root / "base.json", params=params, **common)
+    alone = evaluate.run(model=root / "ported", out=root / "ported.json", params=params, **common)
+    scores = {("base" if s.patch is None else "patch", s.task): s for s in over.scores}
+    return scores | {("ported", s.task): s for s in alone.scores}
 
 
 @pytest.mark.parametrize("name", ["base", "patch", "ported"])
@@ -164,15 +164,15 @@ def test_every_metric_and_every_answer_is_the_harness_s(
                 assert sample.answers[line["filter"]] == line["filtered_resps"][0]
                 assert sample.written == line["resps"][0][0]
             else:
-                told = [float(one[0][0]) for one in line["resps"]]
+                logged_values = [float(one[0][0]) for one in line["resps"]]
                 # to rounding: the harness was asked all tasks at once, so that their rows shared batches
-                assert list(sample.loglikelihoods) == pytest.approx(told, abs=1e-4)
+                assert list(sample.loglikelihoods) == pytest.approx(logged_values, abs=1e-4)
                 assert sample.metrics["acc,none"] == line["acc"]
 
 
 def test_the_models_answer_differently(ours: dict[str, Any]) -> None:
     for task in TASKS:
-        told = {
+        answers = {
             str([(s.written, s.loglikelihoods) for s in ours[m, task].documents]) for m in ("base", "patch", "ported")
         }
-        assert len(told) == 3, task
+        assert len(answers) == 3, task

@@ -114,8 +114,8 @@ def test_samples_hold_every_filter_s_answer(made: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     chosen = [row for row in rows if (row["arm"], row["task"]) == ("ported", "sst2")]
     tree = json.loads((tmp_path / "scores.json").read_text())
-    told = next(r["metrics"]["acc,none"] for r in tree["results"] if (r["arm"], r["task"]) == ("ported", "sst2"))
-    assert sum(row["correct"] for row in chosen) / len(chosen) == pytest.approx(told)
+    accuracy = next(r["metrics"]["acc,none"] for r in tree["results"] if (r["arm"], r["task"]) == ("ported", "sst2"))
+    assert sum(row["correct"] for row in chosen) / len(chosen) == pytest.approx(accuracy)
     for row in chosen:
         assert max(range(2), key=row["loglikelihoods"].__getitem__) == int(row["answer"])
         assert row["correct"] is (row["answer"] == row["target"])
@@ -234,7 +234,16 @@ def test_two_processes_write_what_one_writes(made: Path, tmp_path: Path) -> None
     score(made, tmp_path, cache=False, params=dataclasses.replace(PARAMS, batch_size=0))
     out = ["--out", str(tmp_path / "two/scores.json"), "--samples", str(tmp_path / "two/samples.parquet")]
     patches = [word for name in ("patches", "ported") for word in ("--patch", str(made / name))]
-    command = ["evaluate", str(made / "base"), *patches, "--tasks", ",".join(TASKS), "--data", str(made / "data"), *out]
+    command = [
+        "evaluate",
+        str(made / "base"),
+        *patches,
+        "--tasks",
+        ",".join(TASKS),
+        "--data",
+        str(made / "data"),
+        *out,
+    ]
     launch = ["--launch", str(ROOT / "configs/accelerate/cpu-2.yaml"), "--threads", "1", "--batch-size", "0", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "portllm", "--no-track", *command, *launch],

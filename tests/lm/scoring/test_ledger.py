@@ -78,8 +78,8 @@ def test_no_changed_byte_is_believed(private_cache: Path) -> None:
         assert ledger.find(KEY) is None
 
 
-def _retold(text: str, change: Any) -> str:
-    """An entry with what it tells changed, and its digest made to fit."""
+def _changed(text: str, change: Any) -> str:
+    """Return an entry with its score changed, and a digest that fits."""
     tree = json.loads(text)
     change(tree["scored"])
     return json.dumps({**tree, "digest": ledger._digest(tree["scored"])})
@@ -88,20 +88,20 @@ def _retold(text: str, change: Any) -> str:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda told: told.update(task="rte"),
-        lambda told: told["metrics"].update({"acc,none": "0.9"}),
-        lambda told: told["metrics"].update({"acc,none": True}),
-        lambda told: told["documents"][0].update(doc_id=1.5),
-        lambda told: told["documents"][0].update(answers=[]),
-        lambda told: told["documents"][0].pop("score"),
-        lambda told: told.update(documents=None),
-        lambda told: told.pop("truncated"),
+        lambda score: score.update(task="rte"),
+        lambda score: score["metrics"].update({"acc,none": "0.9"}),
+        lambda score: score["metrics"].update({"acc,none": True}),
+        lambda score: score["documents"][0].update(doc_id=1.5),
+        lambda score: score["documents"][0].update(answers=[]),
+        lambda score: score["documents"][0].pop("score"),
+        lambda score: score.update(documents=None),
+        lambda score: score.pop("truncated"),
     ],
 )
 def test_values_of_another_kind_are_not_believed(private_cache: Path, change: Any) -> None:
     ledger.keep(KEY, scored())
     path = entry(private_cache)
-    path.write_text(_retold(path.read_text("utf-8"), change), "utf-8")
+    path.write_text(_changed(path.read_text("utf-8"), change), "utf-8")
     assert ledger.find(KEY) is None
 
 

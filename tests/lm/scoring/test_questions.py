@@ -74,10 +74,10 @@ def prompts(task: Any) -> list[str]:
     return [request.args[0] for request in task.instances]
 
 
-@pytest.mark.parametrize(("asked", "given"), [(0, 0), (3, 3), (-1, 5)])
-def test_examples_in_the_prompt_are_as_many_as_asked(data: Path, asked: int, given: int) -> None:
-    made = prompts(load("gsm8k", data, num_fewshot=asked))
-    assert [text.count("Question:") for text in made] == [given + 1] * 3
+@pytest.mark.parametrize(("num_fewshot", "examples"), [(0, 0), (3, 3), (-1, 5)])
+def test_examples_in_the_prompt_are_as_many_as_asked(data: Path, num_fewshot: int, examples: int) -> None:
+    texts = prompts(load("gsm8k", data, num_fewshot=num_fewshot))
+    assert [text.count("Question:") for text in texts] == [examples + 1] * 3
 
 
 def test_the_same_examples_every_time_a_task_is_asked(data: Path) -> None:

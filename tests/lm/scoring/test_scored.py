@@ -13,8 +13,8 @@ from portllm.lm.scoring.scored import ROW, expect_rows, main_metric, of_results
 
 
 def sample(doc: int, name: str, *, answers: list[Any], resps: list[Any], **metrics: Any) -> dict[str, Any]:
-    told = {"doc_id": doc, "filter": name, "target": "t", "filtered_resps": answers, "resps": resps}
-    return {**told, "metrics": list(metrics), **metrics}
+    row = {"doc_id": doc, "filter": name, "target": "t", "filtered_resps": answers, "resps": resps}
+    return {**row, "metrics": list(metrics), **metrics}
 
 
 def test_two_filters_make_one_row_a_document() -> None:
