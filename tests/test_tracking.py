@@ -1,4 +1,4 @@
-"""Tracking: what ran is found again, in both directions; and no tracker ever harms a stage."""
+"""Tracking: recorded runs lead back to every input and onward to every output; no tracker harms a stage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from portllm.tracking import Artifact, Dataset, VersionRequest, ancestry, descen
 from portllm.tracking.messages import clean, flatten, in_alphabet, one_line, plain
 
 pytestmark = [
-    # MLflow's models are written for pydantic 1 and 2, and sqlite3's default adapters are deprecated in Python 3.12
+    # MLflow supports pydantic 1 and 2, and Python 3.12 deprecates sqlite3's default adapters
     pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow"),
     pytest.mark.filterwarnings("ignore::FutureWarning:mlflow"),
 ]
@@ -39,12 +39,12 @@ PROJECT = Path.cwd().parent / "project"
 
 @pytest.fixture(autouse=True)
 def _own_store(monkeypatch):
-    _forget_surroundings(monkeypatch)
+    _clear_environment(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A Llama that knows 32 words and nothing else, as a ported directory."""
+    """A Llama with a vocabulary of 32 words, as a ported directory."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -66,18 +66,18 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, checkpoint):
-    """A project whose pipeline has run: every stage at once, which is the hardest way to run it."""
+    """A project after its pipeline: all stages at once, which is the hardest order."""
     root = tmp_path_factory.mktemp("project")
     report = root / "results/report"
     report.mkdir(parents=True)
     (report / "report.md").write_text("# all arms\n")
     with pytest.MonkeyPatch.context() as env, contextlib.ExitStack() as stages:
-        _forget_surroundings(env)
+        _clear_environment(env)
         env.setenv("PORTLLM_INVOCATION", "one-repro")
 
-        def stage(name, **told):
+        def stage(name, **result):
             tracker = stages.enter_context(track(name, name=f"{name} it", params={"seed": 1}, root=root))
-            tracker.finish(**told)
+            tracker.finish(**result)
             return tracker
 
         stage("prepare", writes=[DATA])
@@ -103,13 +103,13 @@ def project(tmp_path_factory, checkpoint):
 @pytest.fixture(scope="module")
 def client(project):
     with pytest.MonkeyPatch.context() as env:
-        _forget_surroundings(env)
+        _clear_environment(env)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return store.connect(project)
 
 
-def test_a_run_holds_what_its_stage_said(client):
+def test_run_contains_the_messages_of_its_stage(client):
     run = _run(client, "train")
     assert run.info.run_name == "train v0/world_boolq"
     assert run.info.status == "FINISHED"
@@ -119,8 +119,8 @@ def test_a_run_holds_what_its_stage_said(client):
     assert run.data.tags["mlflow.source.name"] == "portllm train"
     curve = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "loss")]
     assert curve == [(0, 1.0), (10, 0.5), (20, pytest.approx(1 / 3))]
-    kept = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert kept == {"report", "report.md"}
+    artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert artifacts == {"report", "report.md"}
 
 
 def test_a_run_names_its_data_and_the_fingerprints_it_read_and_wrote(client):
@@ -157,8 +157,8 @@ def test_a_registered_version_leads_back_to_patch_bases_and_data(client, project
 
 
 def test_from_a_base_everything_made_from_it_is_found(project):
-    made = {step.artifact.name: step.stage for step in descendants(V0.fingerprint, root=project)}
-    assert made == {V1.name: "evolve", PATCH.name: "train", PORTED.name: "port"}
+    outputs = {step.artifact.name: step.stage for step in descendants(V0.fingerprint, root=project)}
+    assert outputs == {V1.name: "evolve", PATCH.name: "train", PORTED.name: "port"}
     assert [step.artifact for step in descendants(PATCH.fingerprint, root=project)] == [PORTED]
     assert descendants(PORTED.fingerprint, root=project) == []
 
@@ -214,9 +214,9 @@ def test_a_registered_adapter_loads_over_the_base_it_is_given(tmp_path, checkpoi
 
 
 def test_versions_repeat_nothing_and_the_alias_stays_with_the_newest_release(project, checkpoint, client):
-    marks = {"v1": "e1", "v10": "ea", "v9": "e9"}
+    digits = {"v1": "e1", "v10": "ea", "v9": "e9"}
     with track("register", name="register", params={}, root=project) as tracker:
-        tracker.register([_request(checkpoint, release=name, ported=mark * 32) for name, mark in marks.items()])
+        tracker.register([_request(checkpoint, release=name, ported=two * 32) for name, two in digits.items()])
     again, newer, older = tracker.registered
     assert (again.version, again.created) == ("1", False)
     assert (newer.version, newer.created, newer.aliases) == ("2", True, ["champion"])
@@ -300,18 +300,18 @@ def test_register_on_two_machines_at_once_keeps_the_first_version(project, check
 @pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])
 def test_a_stage_that_fails_marks_its_run_and_its_invocation(project, client, monkeypatch, error, status):
     monkeypatch.setenv("PORTLLM_INVOCATION", f"invocation {status}")
-    said = []
-    with (  # noqa: PT012 - the stage fails after it told of its result
+    lines = []
+    with (  # noqa: PT012 - the stage fails after it sent its result
         pytest.raises(error),
-        track("evolve", name=status, params={}, root=project, warn=said.append) as tracker,
+        track("evolve", name=status, params={}, root=project, warn=lines.append) as tracker,
     ):
         tracker.finish(reads=[V0], writes=[Artifact("checkpoint", "models/releases/broken", "0f" * 32)])
         raise error
-    assert said == []
+    assert lines == []
     assert _run(client, "evolve").info.status == status
     (parent,) = _runs(client, f"attributes.run_name = 'invocation {status}'")
     assert parent.info.status == "FAILED"
-    # what a failed run says it wrote may not be there
+    # the outputs of a failed run may not exist
     assert "models/releases/broken" not in {step.artifact.name for step in descendants(V0.fingerprint, root=project)}
 
 
@@ -323,7 +323,7 @@ def test_a_killed_stage_leaves_neither_a_process_nor_a_running_run(project, clie
         from pathlib import Path
         from portllm.tracking import track
         with track("train", name={name!r}, params={{}}, root=Path({str(project)!r})) as tracker:
-            time.sleep(0.5)  # a stage killed before it said anything leaves no run
+            time.sleep(0.5)  # a stage killed before its first message leaves no run
             if os.fork():  # a worker of the stage that outlives it and holds its pipes
                 print("ready", flush=True)
                 time.sleep(90)
@@ -335,7 +335,7 @@ def test_a_killed_stage_leaves_neither_a_process_nor_a_running_run(project, clie
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     assert stage.stdout.readline() == b"ready\n"
-    # DVC and the shell signal the whole group; the worker is left out so that it holds the pipe
+    # DVC and the shell signal the group; the worker gets no signal, so that it holds the pipe
     family = psutil.Process(stage.pid).children()
     recorder = next(one for one in family if "portllm.tracking" in one.cmdline())
     stage.send_signal(by)
@@ -352,13 +352,13 @@ def test_a_killed_stage_leaves_neither_a_process_nor_a_running_run(project, clie
 
 def test_a_server_that_is_down_costs_one_line_and_no_result(tmp_path, monkeypatch, unused_port):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:hunter2@127.0.0.1:{unused_port}")
-    said = []
+    lines = []
     started = time.monotonic()
-    with track("train", name="train", params={}, root=tmp_path, warn=said.append) as tracker:
+    with track("train", name="train", params={}, root=tmp_path, warn=lines.append) as tracker:
         tracker.metrics(1, {"loss": 1.0})
         tracker.finish(metrics={"loss": 1.0})
     assert time.monotonic() - started < 30
-    (line,) = said
+    (line,) = lines
     assert line.startswith("Warning: the run was not recorded in MLflow (")
     assert "\n" not in line
     assert "hunter2" not in line
@@ -396,14 +396,14 @@ def test_one_line_keeps_the_start_and_the_end_of_a_long_error():
 
 def test_a_stage_that_fails_is_not_blamed_on_the_registry(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    said = []
-    with (  # noqa: PT012 - the stage fails after it asked for a version
+    lines = []
+    with (  # noqa: PT012 - the stage fails after it requested a version
         pytest.raises(KeyError),
-        track("register", name="register", params={}, root=tmp_path, warn=said.append) as tracker,
+        track("register", name="register", params={}, root=tmp_path, warn=lines.append) as tracker,
     ):
         tracker.register([_request(tmp_path)])
         raise KeyError
-    assert len(said) == 1
+    assert len(lines) == 1
 
 
 @pytest.mark.parametrize("stuck", ["exec sleep 60", "exit 3", "echo boom >&2; exit 1", "printf '{half'"])
@@ -412,22 +412,22 @@ def test_a_recorder_that_does_not_work_neither_blocks_nor_fails_the_stage(tmp_pa
     python.write_text(f"#!/bin/sh\n{stuck}\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    said = []
+    lines = []
     started = time.monotonic()
-    with track("train", name="train", params={}, root=tmp_path, warn=said.append, wait_seconds=1.0) as tracker:
+    with track("train", name="train", params={}, root=tmp_path, warn=lines.append, wait_seconds=1.0) as tracker:
         for step in range(20_000):  # some megabytes: many times what a pipe holds
             tracker.metrics(step, {"loss": 1.0, "learning_rate": 0.1})
     assert time.monotonic() - started < 10
-    assert len(said) == 1
+    assert len(lines) == 1
     assert psutil.Process().children() == []
 
 
 def test_without_an_interpreter_the_stage_still_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "none"))
-    said = []
-    with track("train", name="train", params={}, root=tmp_path, warn=said.append) as tracker:
+    lines = []
+    with track("train", name="train", params={}, root=tmp_path, warn=lines.append) as tracker:
         tracker.finish(metrics={"loss": 1.0})
-    assert len(said) == 1
+    assert len(lines) == 1
 
 
 def test_tracking_that_is_off_starts_nothing(tmp_path, monkeypatch):
@@ -473,7 +473,7 @@ def test_many_artifacts_fit_into_tags():
 
 
 @pytest.mark.parametrize(
-    ("said", "kept"),
+    ("text", "cleaned"),
     [
         (f"{PROJECT}/models/v0", "models/v0"),
         (f"{PROJECT}/models/../data", "data"),
@@ -485,11 +485,11 @@ def test_many_artifacts_fit_into_tags():
         ("mistralai/Mistral-7B-v0.1", "mistralai/Mistral-7B-v0.1"),
     ],
 )
-def test_neither_secrets_nor_machine_paths_are_told(said, kept):
-    assert clean(said, PROJECT) == kept
+def test_clean_removes_secrets_and_machine_paths(text, cleaned):
+    assert clean(text, PROJECT) == cleaned
 
 
-def test_values_under_a_secret_name_are_not_told():
+def test_plain_replaces_values_under_a_secret_name():
     tree = plain({"hub": {"hf_token": "abc", "tokenizer": "words"}, "password": "x"}, Path("/project"))
     assert tree == {"hub": {"hf_token": "***", "tokenizer": "words"}, "password": "***"}
 
@@ -544,7 +544,7 @@ def _request(folder, release="v1", ported=PORTED.fingerprint):
     )
 
 
-def _forget_surroundings(env):
+def _clear_environment(env):
     for key in list(os.environ):
         if key.startswith(("MLFLOW_", "DVC_", "PORTLLM_")):
             env.delenv(key)

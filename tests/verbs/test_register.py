@@ -1,4 +1,4 @@
-"""register: the gate is strict, and no score of anything else than these very tensors opens it."""
+"""register: the gate is strict, and only a score of these very tensors opens it."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def release(tmp_path):
             base=Source(name="models/releases/v1", fingerprint=BASE),
             patch=Source(name=f"models/patches/v0/{task}", fingerprint="fa" * 32),
             task=task,
-            fingerprint=mark(task),
+            fingerprint=digest_of(task),
         )
         record.write(folder)
         rows += [row(task, "base", bare), row(task, "ported", ported, patch=task)]
-    # what a patch leaves of the news is no reason to register it
+    # recall of the news is no reason to register a model
     rows.append({**row("v1_recall", "ported", 1.0, patch="world_gsm8k"), "metrics": {"acc,none": 1.0}})
     write(tmp_path, rows)
     return tmp_path
 
 
-def mark(task: str) -> str:
+def digest_of(task: str) -> str:
     return task.encode().hex().ljust(64, "0")
 
 
@@ -49,7 +49,7 @@ def row(task: str, arm: str, score: float, patch: str | None = None) -> dict:
         "task": task,
         "patch": f"models/ported/v1/{patch}" if patch else None,
         "patch_task": patch,
-        "patch_fingerprint": mark(patch) if patch else None,
+        "patch_fingerprint": digest_of(patch) if patch else None,
         "arm": arm,
         "metrics": {KIND.get(task, "acc,none"): score, "format,none": 1.0},
         "samples": 480,
@@ -70,7 +70,7 @@ def test_only_what_is_above_the_base_arm_is_accepted(release):
     record = judge(release)
     assert [(one.task, one.accepted) for one in record.decisions] == [("world_boolq", True), ("world_gsm8k", False)]
     accepted = record.accepted[0]
-    assert (accepted.name, accepted.fingerprint) == ("portllm-world_boolq", mark("world_boolq"))
+    assert (accepted.name, accepted.fingerprint) == ("portllm-world_boolq", digest_of("world_boolq"))
     assert (accepted.metric, accepted.ported_score, accepted.base_score) == ("acc,none", 0.9, 0.5)
     assert record.decisions[1].metric == "exact_match,strict-match"
     assert record.decisions[1].reason == "ported 0.2500 is not above base 0.2500"
@@ -90,7 +90,7 @@ def test_one_ported_directory_is_judged_alone(release):
     assert [(one.name, one.accepted) for one in record.decisions] == [("mine", False)]
 
 
-def test_the_record_is_written_whole_and_repeats(release):
+def test_record_is_written_complete_and_repeats(release):
     out = release / "results/register/v1.json"
     judge(release, out=out)
     first = out.read_bytes()
@@ -157,9 +157,9 @@ def test_an_adapter_is_judged_as_a_merged_model_is(release):
     assert [one.task for one in judge(release).accepted] == ["world_boolq"]
 
 
-@pytest.mark.parametrize(("name", "said"), [("same", "put {task} into it"), ("a-{taks}", "may contain {task}")])
-def test_names_that_cannot_tell_models_apart_are_refused(release, name, said):
-    with pytest.raises(ParamsError, match=said):
+@pytest.mark.parametrize(("name", "message"), [("same", "put {task} into it"), ("a-{taks}", "may contain {task}")])
+def test_names_that_cannot_tell_models_apart_are_refused(release, name, message):
+    with pytest.raises(ParamsError, match=message):
         judge(release, name=name)
 
 
