@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,12 @@ def test_a_process_left_by_a_test_is_ended_and_no_other_test_fails_by_it(small: 
     assert "time.sleep(300)" in done.stdout
 
 
+def test_tests_of_one_module_run_in_one_process(small: Path) -> None:
+    """Detect versions of pytest and pytest-xdist that ignore groups without a word (issue 8, item 19)."""
+    done = _run(small, "def test_it():\n    pass\n", more=("-v", "-n", "1", "--dist", "loadgroup"))
+    assert "test_it.py::test_it@tests/test_it.py" in done.stdout, done.stdout
+
+
 def test_differences_name_each_path_once() -> None:
     before = {"a": (1, 1), "b": (1, 1), "c": ()}
     assert surroundings.differences(before, {"a": (1, 1), "b": (1, 2), "d": ()}) == [
@@ -108,11 +115,11 @@ def test_differences_name_each_path_once() -> None:
     ]
 
 
-def _run(project: Path, tests: str, **env: str) -> subprocess.CompletedProcess[str]:
+def _run(project: Path, tests: str, more: Sequence[str] = (), **env: str) -> subprocess.CompletedProcess[str]:
     """Run a file of tests in a project."""
     head = f"import os, psutil, subprocess\nfrom pathlib import Path\nROOT = Path({str(project)!r})\n"
     (project / "tests" / "test_it.py").write_text(head + tests)
-    return _pytest(project, "-q", "-p", "no:cacheprovider", **env)
+    return _pytest(project, "-q", "-p", "no:cacheprovider", *more, **env)
 
 
 def _pytest(folder: Path, *words: str, shell: str = 'exec "$@"', **env: str) -> subprocess.CompletedProcess[str]:
