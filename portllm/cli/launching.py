@@ -1,4 +1,4 @@
-"""One command on all GPUs, or on several machines: run again as many processes by `accelerate launch`."""
+"""One command on all GPUs, or on several machines: started again as several processes by `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from portllm.lm.sizing.launches import ENVIRONMENT
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-# what was launched does not launch again
+# set for the processes that were launched, which do not launch again
 LAUNCHED = "PORTLLM_LAUNCHED"
 STOPPED = 130
 
 
 def launchable(command: Command) -> Command:
-    """Gives a command the option --launch, which runs it as the processes an accelerate configuration describes."""
+    """Give a command the option --launch, which runs it as the processes of an accelerate configuration."""
     return launchable_where(lambda _: True)(command)
 
 
 def launchable_where(shared: Callable[[Mapping[str, Any]], bool]) -> Callable[[Command], Command]:
-    """Like `launchable`, but one process alone where processes have nothing to share, as `shared` tells by the flags.
+    """Like `launchable`, but with one process where the flags leave no work to share, as `shared` returns.
 
-    Each of several would copy a whole release, all but the main one to be thrown away.
+    Each of several processes would copy a complete release, which all but the main one would delete.
     """
 
     def decorate(command: Command) -> Command:
@@ -52,12 +52,12 @@ def launchable_where(shared: Callable[[Mapping[str, Any]], bool]) -> Callable[[C
 
 
 def _is_launched() -> bool:
-    """Whether this is one of several processes already, started by us or by `accelerate launch` itself."""
+    """Return whether this is one of several processes, started by portllm or by `accelerate launch` itself."""
     return LAUNCHED in os.environ or processes.count() > 1
 
 
 def _processes(config: Path) -> int:
-    """How many processes to start (see `launches.processes`). Raises MachineError."""
+    """Return how many processes to start (see `launches.processes`). Raises MachineError."""
 
     def gpus() -> int:
         import torch
@@ -68,11 +68,11 @@ def _processes(config: Path) -> int:
 
 
 def _launch(config: Path, count: int, words: list[str]) -> int:
-    """Exit code of `accelerate launch … portllm WORDS`. Raises MachineError."""
+    """Run `accelerate launch … portllm WORDS` and return its exit code. Raises MachineError."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # the process that failed has said why; the launcher would add a page about it
+    # the process that failed has printed its error; the launcher would add a page about it
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ[LAUNCHED] = "1"
     follow_parent()
