@@ -426,13 +426,3 @@ def test_costs_that_are_not_there_or_wrong_are_refused(small: Any, tmp_path: Pat
     with pytest.raises(DataError, match=r"v1-world_sst2\.json: not a cost file of ours"):
         report.run_costs(params=small.params, costs=small.costs, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_patch_of_a_removed_task_is_in_no_table(fabricate: Fabricate, tmp_path: Path) -> None:
-    """A task removed from params has no row, average or plot in the report (issue 8, item 8)."""
-    tree = fabricate(tmp_path, tasks=("world_sst2", "world_mrpc"), releases=("v0", "v1"), rows=12, layers=1)
-    tree.params = replace(tree.params, tasks=("world_sst2",))
-    record = tree.run()
-    assert "world_mrpc" not in json.dumps({name: {**v, "probe": {}} for name, v in record.metrics.items()})
-    assert all("world_mrpc" not in path.read_text() for path in tree.paths()["plots"].iterdir())
-    assert "world_mrpc" not in (tree.paths()["out"] / "report.md").read_text()
