@@ -18,6 +18,7 @@ from portllm.lm.sizing import equipment
 from portllm.lm.sizing.equipment import Gpu, Machine
 from portllm.verbs import doctor
 
+pytestmark = pytest.mark.xdist_group("timed")
 ROOT = Path(__file__).parents[2]
 PROFILE = ROOT / "profiles" / "mistral-7b.yaml"
 GIB = 2**30
