@@ -1,4 +1,4 @@
-"""evolve: the next release of a base, by continued pretraining on a corpus, or a real one taken as it is."""
+"""evolve: the next release of a base, by continued pretraining on a corpus, or a real release as it is."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(
     training: pretraining.TrainingCallbacks | None = None,
     download: releases.Watch | None = None,
 ) -> ReleaseRecord:
-    """Write to `out` what `base` becomes by reading `corpus`/train.parquet, or the real release `source`.
+    """Write to `out` the release of `base` trained on `corpus`/train.parquet, or the real release `source`.
 
     A real release is fetched as it is; what it changed against `base` is recorded. Raises DataError, CheckpointError,
     ParamsError, MachineError and OutputError.

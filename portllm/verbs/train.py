@@ -1,4 +1,4 @@
-"""train: a LoRA patch of a base on a task, with the prompts the task is evaluated with."""
+"""train: a LoRA patch of a base on a task, with the prompts of the task's evaluation."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ def run(
 
     Without `data`, DATA is the first of data/tasks and data that has the task.
 
-    The directory is PEFT's own, with patch.json, a model card and the training curve. With optim.save_steps a killed
-    run is gone on with by the next one of the same inputs and parameters. `on_cost` is told what training took.
+    The directory is PEFT's own, with patch.json, a model card and the training curve. With optim.save_steps the next
+    run of the same inputs and parameters resumes a killed one. `on_cost` gets the figures of what training cost.
     Raises DataError, CheckpointError, EvaluationError, ParamsError, MachineError and OutputError.
     """
     batches.rows_per_process(params.optim)  # before anything is read
     data = tasks.training_folder(task, data)
-    read = tasks.digests(task, data, "training")
-    key = _key(base, task, read, params) if params.optim.save_steps else None
+    digests = tasks.digests(task, data, "training")
+    key = _key(base, task, digests, params) if params.optim.save_steps else None
     with staged(out, force=force, inputs=(base, data), key=key) as folder:
         pairs = tasks.training_pairs(task, data, loading.tokenizer_of(base))
-        made = patching.train(
+        patch = patching.train(
             base, pairs, params, on_metrics=on_metrics, on_progress=on_progress, on_note=on_note,
             checkpoints=kept(out, key) if key else None,
         )  # fmt: skip
-        on_cost(made.cost)
-        made.save(folder, base_name=public_name(base))
-        _write_history(folder / HISTORY, made.history)
+        on_cost(patch.cost)
+        patch.save(folder, base_name=public_name(base))
+        _write_history(folder / HISTORY, patch.history)
         record = PatchRecord(
             task=task,
             base=Source(
@@ -62,9 +62,9 @@ def run(
                 quantisation=loading.NF4 if params.quantization == loading.FOUR_BITS else None,
             ),
             fingerprint=fingerprint(folder),
-            data=read,
+            data=digests,
             params={k: v for k, v in as_tree(params).items() if k != "per_task"},
-            metrics=made.metrics,
+            metrics=patch.metrics,
             versions=versions("torch", "transformers", "peft"),
         )
         (folder / "README.md").write_text(patch_card(record), encoding="utf-8")
@@ -72,8 +72,8 @@ def run(
     return record
 
 
-def _key(base: Path, task: str, read: Mapping[str, str], params: TrainParams) -> str:
-    return training_key(base, task, dict(read), as_tree(params))
+def _key(base: Path, task: str, digests: Mapping[str, str], params: TrainParams) -> str:
+    return training_key(base, task, dict(digests), as_tree(params))
 
 
 def _write_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:

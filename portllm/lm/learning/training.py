@@ -157,7 +157,7 @@ class _Loop:
             state.loss_sum += loss.detach()
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.optim.max_grad_norm or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self._check("gradient's norm", float(norm), state.step + 1)
+        self._check("gradient norm", float(norm), state.step + 1)
         state.optimizer.step()
         state.schedule.step()
         state.optimizer.zero_grad()
