@@ -301,6 +301,8 @@ def test_register_on_two_machines_at_once_keeps_the_first_version(project, check
 @pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])
 def test_a_stage_that_fails_marks_its_run_and_its_invocation(project, client, monkeypatch, error, status):
     monkeypatch.setenv("PORTLLM_INVOCATION", f"invocation {status}")
+    # on a busy machine the import of MLflow alone takes longer than a user waits after an error
+    monkeypatch.setattr("portllm.tracking.tracker._WAIT_AFTER_ERROR_SECONDS", 60.0)
     lines = []
     with (  # noqa: PT012 - the stage fails after it sent its result
         pytest.raises(error),
