@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from portllm.reporting.findings.comparison import ArmScore, Comparison, Control, Flips, Recall, recovery
+from portllm.reporting.findings.arms import Comparison, Control, Flips, Recall, ScoreEstimate, recovery
 from portllm.reporting.findings.summary import Findings
 
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -15,7 +15,7 @@ Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 def comparison(release: str, task: str, values: Mapping[str, float], flips: float | None = 0.02) -> Comparison:
     scores = {
-        arm: ArmScore(value=v, low=max(0.0, v - 0.03), high=min(1.0, v + 0.03), samples=100, format=1.0)
+        arm: ScoreEstimate(value=v, low=max(0.0, v - 0.03), high=min(1.0, v + 0.03), samples=100, format=1.0)
         for arm, v in values.items()
     }
     return Comparison(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from portllm.reporting.findings.comparison import Control
+from portllm.reporting.findings.arms import Control
 from portllm.reporting.findings.summary import Findings
 from portllm.reporting.sections.headline import paragraph, verdict
 

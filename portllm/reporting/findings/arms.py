@@ -29,7 +29,7 @@ PERPLEXITY_METRICS = ("word_perplexity,none", "perplexity,none", "byte_perplexit
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmScore:
+class ScoreEstimate:
     """An arm's share of right answers, its 95% interval, and the share of answers in a valid format."""
 
     value: float
@@ -68,7 +68,7 @@ class Comparison:
     release: str
     task: str
     metric: str
-    scores: Mapping[str, ArmScore]
+    scores: Mapping[str, ScoreEstimate]
     recovery: float | None
     against_retuned: Pairing | None
     flips: Flips | None
@@ -192,7 +192,7 @@ def _other_metrics(scores: ReleaseScores, task: str, main: str) -> dict[str, dic
     return shares
 
 
-def _score(scores: ReleaseScores, key: RowKey, metric: str) -> ArmScore:
+def _score(scores: ReleaseScores, key: RowKey, metric: str) -> ScoreEstimate:
     value = scores.metrics[key][metric]
     samples = scores.counts[key]
     right = scores.correct.get(key)
@@ -202,7 +202,7 @@ def _score(scores: ReleaseScores, key: RowKey, metric: str) -> ArmScore:
             f"average {sum(right.values()) / len(right):.4f}; run `dvc repro evaluate` again"
         )
     low, high = wilson(value * samples, samples)
-    return ArmScore(value=value, low=low, high=high, samples=samples, format=valid_format(scores.metrics[key]))
+    return ScoreEstimate(value=value, low=low, high=high, samples=samples, format=valid_format(scores.metrics[key]))
 
 
 def valid_format(metrics: Mapping[str, float]) -> float | None:
