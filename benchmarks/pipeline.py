@@ -63,12 +63,14 @@ def main() -> None:
         first = repro(clone, env, arguments.targets)
         again = repro(clone, env, arguments.targets)
         show([json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()], first, again)
-        changed = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=clone, check=True, capture_output=True, text=True
-        )
-        print(
-            "as committed: " + ("no\n" + changed.stdout if changed.stdout else "yes, git status --porcelain is empty")
-        )
+        print(f"as committed: {committed(clone)}")
+
+
+def committed(clone: Path) -> str:
+    """Return whether git finds no change in `clone`, else the changes."""
+    status = ["git", "status", "--porcelain"]
+    changes = subprocess.run(status, cwd=clone, check=True, capture_output=True, text=True).stdout
+    return f"no\n{changes}" if changes else "yes, git status --porcelain is empty"
 
 
 def repro(clone: Path, env: dict[str, str], targets: list[str]) -> float:
