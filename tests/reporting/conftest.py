@@ -40,10 +40,10 @@ def recall(release: str, arm: str, share: float, patch_task: str | None = "t1") 
 def make() -> Callable[..., Findings]:
     """`make({release: {task: {arm: score}}}, **changes)` as findings."""
 
-    def made(scores: Scores, **changes: Any) -> Findings:
+    def build(scores: Scores, **changes: Any) -> Findings:
         releases = tuple(scores)
         tasks = tuple(scores[releases[0]])
-        known: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "releases": releases,
             "tasks": tasks,
             "probe_threshold": 0.9,
@@ -59,9 +59,9 @@ def make() -> Callable[..., Findings]:
             "unmeasured": (),
             "curves": (),
         }
-        return Findings(**{**known, **changes})
+        return Findings(**{**fields, **changes})
 
-    return made
+    return build
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ PARAMS = ReportParams(bootstrap_samples=200)
     ],
 )
 def test_recovery(base: float, ported: float | None, retuned: float | None, expected: float | None) -> None:
-    found = arms.recovery(base, ported, retuned)
-    assert found == (None if expected is None else pytest.approx(expected))
+    share = arms.recovery(base, ported, retuned)
+    assert share == (None if expected is None else pytest.approx(expected))
 
 
 def test_pairing_is_by_document_not_by_place() -> None:
@@ -40,17 +40,17 @@ def test_pairing_is_by_document_not_by_place() -> None:
 
 
 def test_flips_count_both_ways_over_the_same_documents() -> None:
-    found = arms.flips({0: True, 1: True, 2: False, 3: False}, {0: False, 1: True, 2: True, 3: False})
-    assert found is not None
-    assert (found.negative, found.positive) == (0.25, 0.25)
+    flips = arms.flips({0: True, 1: True, 2: False, 3: False}, {0: False, 1: True, 2: True, 3: False})
+    assert flips is not None
+    assert (flips.negative, flips.positive) == (0.25, 0.25)
     assert arms.flips({0: True}, {1: True}) is None
 
 
 def test_the_score_is_strict_match_before_accuracy_and_never_a_guess() -> None:
-    assert arms.main_metric("t", {"acc,none": 1.0, "exact_match,strict-match": 0.5}) == "exact_match,strict-match"
-    assert arms.main_metric("t", {"f1,none": 0.2, "acc,none": 1.0}) == "acc,none"
+    assert arms.reported_metric("t", {"acc,none": 1.0, "exact_match,strict-match": 0.5}) == "exact_match,strict-match"
+    assert arms.reported_metric("t", {"f1,none": 0.2, "acc,none": 1.0}) == "acc,none"
     with pytest.raises(DataError, match="t: no score to report; expected .* found f1,none"):
-        arms.main_metric("t", {"f1,none": 0.2})
+        arms.reported_metric("t", {"f1,none": 0.2})
 
 
 @pytest.mark.parametrize("key", ["format,none", "format,strict-match"])
