@@ -1,9 +1,10 @@
-"""Time and peak memory of every stage of `dvc repro`, from scratch, then the time of a second run that runs nothing.
+"""Measure every stage of `dvc repro` in a fresh clone, then a second `dvc repro`, which runs nothing.
 
-    python benchmarks/pipeline.py            # the whole pipeline, in a fresh clone in a temporary directory
-    python benchmarks/pipeline.py fetch      # only what a target needs
+    python benchmarks/pipeline.py            # the complete pipeline, in a temporary directory
+    python benchmarks/pipeline.py fetch      # only the stages that a target needs
 
-Seconds are wall time of the stage's own process, imports included; peak memory is its largest resident set.
+Seconds are wall time of the stage's own process, imports included; peak memory is its largest resident set. The last
+line reports whether the clone is still as committed: on the kind of CPU that dvc.lock was made on it is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 
-# stands before the real command on PATH: runs it, and notes what the kernel says of it
+# comes before the real command on PATH: runs it, and appends the kernel's figures of it to a log
 METER = f"""#!{sys.executable} -SE
 import json, os, sys, time
 started = time.monotonic()
@@ -43,7 +44,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", help="stages to reproduce (default: all)")
-    parser.add_argument("--keep", type=Path, help="clone into this new directory, and leave it there")
+    parser.add_argument("--keep", type=Path, help="clone into this new directory and keep it")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.keep.resolve() if arguments.keep else Path(scratch)
@@ -62,10 +63,18 @@ def main() -> None:
         first = repro(clone, env, arguments.targets)
         again = repro(clone, env, arguments.targets)
         show([json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()], first, again)
+        print(f"as committed: {committed(clone)}")
+
+
+def committed(clone: Path) -> str:
+    """Return whether git finds no change in `clone`, else the changes."""
+    status = ["git", "status", "--porcelain"]
+    changes = subprocess.run(status, cwd=clone, check=True, capture_output=True, text=True).stdout
+    return f"no\n{changes}" if changes else "yes, git status --porcelain is empty"
 
 
 def repro(clone: Path, env: dict[str, str], targets: list[str]) -> float:
-    """Seconds that `dvc repro` takes in `clone`."""
+    """Run `dvc repro` in `clone`; return its seconds."""
     started = time.monotonic()
     subprocess.run(["dvc", "repro", "--quiet", *targets], cwd=clone, env=env, check=True)
     return time.monotonic() - started
@@ -85,7 +94,7 @@ def show(rows: list[dict[str, object]], first: float, again: float) -> None:
 
 
 def line(name: str, runs: list[dict[str, object]]) -> str:
-    """One row of a table: seconds added up, the largest peak."""
+    """Return one row of a table: seconds added up, the largest peak."""
     wall = sum(float(str(r["wall_seconds"])) for r in runs)
     cpu = sum(float(str(r["cpu_seconds"])) for r in runs)
     peak = max(int(str(r["peak_rss_bytes"])) for r in runs) / 2**20

@@ -1,7 +1,7 @@
-"""The experiment over several whole-chain seeds, side by side: what `make seeds` prints at its end.
+"""Compare the experiment over several seeds of the complete pipeline; `make seeds` prints this at its end.
 
-    make seeds SEEDS="1 2"           # runs them as DVC experiments, then this
-    python benchmarks/seeds.py       # the table again
+    make seeds SEEDS="1 2"           # run them as DVC experiments, then print the tables
+    python benchmarks/seeds.py       # print the tables again
     python benchmarks/seeds.py --commits 5
 
 Reads the workspace (the default seed) and the experiments named seed-… on the current commit.
@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 ARMS = ("base", "tuned", "ported", "retuned")
-KNOWERS = ("base", "old", "ported", "retuned")
+RECALL_ARMS = ("base", "old", "ported", "retuned")
 KINDS = ("changed", "new", "kept")
 
 
@@ -38,7 +38,7 @@ def main() -> None:
         table(
             f"{release} knowledge",
             rows,
-            [(f"knowledge.{arm}", arm, kind) for arm in KNOWERS for kind in KINDS],
+            [(f"knowledge.{arm}", arm, kind) for arm in RECALL_ARMS for kind in KINDS],
             release,
         )
     table("base probe", rows, [("probe", "probe", task) for task in params["tasks"]], params["releases"][0])
@@ -51,20 +51,22 @@ def table(title: str, rows: list[dict[str, Any]], cells: list[tuple[str, str, st
         values = [number(row.get(f"{release or title}.{group}.{leaf}")) for row in rows]
         if all(math.isnan(v) for v in values):
             continue
-        known = [v for v in values if not math.isnan(v)]
-        spread = f" ± {100 * stdev(known):.1f}" if len(known) > 1 else ""
-        print(f"| {label} {leaf} | {100 * fmean(known):.1f}{spread} | {' · '.join(f'{100 * v:.1f}' for v in values)} |")
+        measured = [v for v in values if not math.isnan(v)]
+        spread = f" ± {100 * stdev(measured):.1f}" if len(measured) > 1 else ""
+        print(
+            f"| {label} {leaf} | {100 * fmean(measured):.1f}{spread} | {' · '.join(f'{100 * v:.1f}' for v in values)} |"
+        )
     print()
 
 
 def wanted(row: dict[str, Any]) -> bool:
-    """The workspace, and the experiments that `make seeds` named and that have ended well."""
-    ended = row.get("State") in (None, "", "Success")
-    return row.get("rev") == "workspace" or (ended and str(row.get("Experiment") or "").startswith("seed-"))
+    """Return whether a row is the workspace, or an experiment of `make seeds` that has succeeded."""
+    succeeded = row.get("State") in (None, "", "Success")
+    return row.get("rev") == "workspace" or (succeeded and str(row.get("Experiment") or "").startswith("seed-"))
 
 
 def number(value: Any) -> float:
-    """A metric as a float; nan where it was not measured."""
+    """Return a metric as a float; nan where it was not measured."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 

@@ -135,6 +135,21 @@ def test_a_run_names_its_data_and_the_fingerprints_it_read_and_wrote(client):
     assert json.loads(run.data.tags["portllm.writes"])[0]["fingerprint"] == PATCH.fingerprint
 
 
+def test_a_run_has_the_commit_that_no_record_contains(tmp_path, monkeypatch):
+    """Issue 8, item 20: patch.json and release.json have no commit, so that they are the same at every commit."""
+    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false")
+    for words in (("init", "-q"), (*identity, "commit", "-q", "--allow-empty", "-m", "Begin")):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    monkeypatch.chdir(tmp_path)
+    with track("train", name="train it", params={}, root=tmp_path) as tracker:
+        tracker.finish(reads=[V0], writes=[PATCH])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (step,) = descendants(V0.fingerprint, root=tmp_path)
+    assert (step.artifact, step.commit) == (PATCH, head.stdout.strip())
+
+
 def test_stages_of_one_invocation_share_one_ended_parent(client):
     parents = _runs(client, "tags.`portllm.stage` = 'pipeline'")
     assert [(run.info.run_name, run.info.status) for run in parents] == [("one-repro", "FINISHED")]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from portllm.reporting.findings.comparison import ArmScore, Comparison, Control, Flips, Recall, recovery
+from portllm.reporting.findings.arms import Comparison, Control, Flips, Recall, ScoreEstimate, recovery
 from portllm.reporting.findings.summary import Findings
 
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -15,7 +15,7 @@ Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 def comparison(release: str, task: str, values: Mapping[str, float], flips: float | None = 0.02) -> Comparison:
     scores = {
-        arm: ArmScore(value=v, low=max(0.0, v - 0.03), high=min(1.0, v + 0.03), samples=100, format=1.0)
+        arm: ScoreEstimate(value=v, low=max(0.0, v - 0.03), high=min(1.0, v + 0.03), samples=100, format=1.0)
         for arm, v in values.items()
     }
     return Comparison(
@@ -40,10 +40,10 @@ def recall(release: str, arm: str, share: float, patch_task: str | None = "t1") 
 def make() -> Callable[..., Findings]:
     """`make({release: {task: {arm: score}}}, **changes)` as findings."""
 
-    def made(scores: Scores, **changes: Any) -> Findings:
+    def build(scores: Scores, **changes: Any) -> Findings:
         releases = tuple(scores)
         tasks = tuple(scores[releases[0]])
-        known: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "releases": releases,
             "tasks": tasks,
             "probe_threshold": 0.9,
@@ -59,9 +59,9 @@ def make() -> Callable[..., Findings]:
             "unmeasured": (),
             "curves": (),
         }
-        return Findings(**{**known, **changes})
+        return Findings(**{**fields, **changes})
 
-    return made
+    return build
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from portllm.params import EvolveParams, Params, ReleaseParams
 from portllm.reporting.findings.costs import Execution, executions, find_costs
 from portllm.reporting.results import Cost
-from portllm.reporting.sections.costs import cost_headline
+from portllm.reporting.sections.cost_tables import cost_headline
 
 PARAMS = Params(tasks=("t1",), releases=("v0", "v1"), evolve=EvolveParams(releases={"v1": ReleaseParams(base="v0")}))
 

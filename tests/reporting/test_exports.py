@@ -53,6 +53,6 @@ def test_dvc_templates_find_their_columns(full: Findings, template: str, table: 
     text = (TEMPLATES / f"{template}.json").read_text()
     json.loads(text)
     columns = set(exports.plots(full)[f"{table}.csv"][0])
-    made = {"rev", *re.findall(r'"as": "(\w+)"', text)}  # by DVC, and by the template itself
-    asked = set(re.findall(r'"field": "(\w+)"|datum\.(\w+)', text))
-    assert {field or datum for field, datum in asked} <= columns | made
+    computed = {"rev", *re.findall(r'"as": "(\w+)"', text)}  # by DVC, and by the template itself
+    fields = set(re.findall(r'"field": "(\w+)"|datum\.(\w+)', text))
+    assert {field or datum for field, datum in fields} <= columns | computed

@@ -19,15 +19,15 @@ MISTRAL = params.load(ROOT / "profiles" / "mistral-7b.yaml")
 
 
 def test_the_papers_profile_is_what_the_papers_figures_are_for() -> None:
-    found = published_figures(MISTRAL)
-    assert found.differences == ()
-    assert {one.task for one in found.scores} == {"boolq", "winogrande", "gsm8k"}
-    headline = next(one for one in found.scores if one.source == literature.PORTLLM)
+    figures = published_figures(MISTRAL)
+    assert figures.differences == ()
+    assert {one.task for one in figures.scores} == {"boolq", "winogrande", "gsm8k"}
+    headline = next(one for one in figures.scores if one.source == literature.PORTLLM)
     assert (headline.base, headline.retuned, headline.ported) == (0.1516, 0.3495, 0.4132)
-    assert found.cost == literature.COST
+    assert figures.cost == literature.COST
     # what is known of theirs names no model for the headline, and only "Mistral" for the follow-up
     assert "which one is not known to us" in headline.setting
-    assert all("which one is not known to us" in one.setting for one in found.scores)
+    assert all("which one is not known to us" in one.setting for one in figures.scores)
 
 
 @pytest.mark.parametrize("name", ["params.yaml", "profiles/llama-2-7b.yaml", "profiles/gemma-2-9b.yaml"])
@@ -38,14 +38,14 @@ def test_another_model_has_none(name: str) -> None:
 def test_another_setting_has_none_and_says_why() -> None:
     other = replace(MISTRAL, train=params.override(MISTRAL.train, {"lora": {"r": 16}}, where="train"))
     assert published_figures(other) == PublishedFigures(differences=("train.lora.r is 16, theirs 8",))
-    for section, change, said in (
+    for section, change, difference in (
         ("train", {"quantization": "4bit"}, "train.quantization is 4bit, theirs none"),
         ("train", {"lora": {"use_rslora": True}}, "train.lora.use_rslora is True, theirs False"),
         ("port", {"scale": 0.5}, "port.scale is 0.5, theirs 1.0"),
         ("evolve", {"mode": "full"}, "evolve.mode is full, theirs lora"),
     ):
         changed = params.override(getattr(MISTRAL, section), change, where=section)
-        assert published_figures(replace(MISTRAL, **{section: changed})) == PublishedFigures(differences=(said,))
+        assert published_figures(replace(MISTRAL, **{section: changed})) == PublishedFigures(differences=(difference,))
     shots = replace(MISTRAL, evaluate=replace(MISTRAL.evaluate, num_fewshot=5))
     assert published_figures(shots).differences == ("evaluate.num_fewshot is 5, theirs 0",)
     real = published_figures(params.load(ROOT / "profiles" / "mistral-7b-releases.yaml"))
@@ -59,8 +59,8 @@ def test_another_setting_has_none_and_says_why() -> None:
 def test_theirs_and_ours_stand_in_one_table(make: Callable[..., Findings]) -> None:
     later = {"base": 0.2, "ported": 0.6, "retuned": 0.62}
     known = published_figures(replace(MISTRAL, tasks=("gsm8k",)))
-    found = make({"v0": {"gsm8k": {"base": 0.2, "tuned": 0.6}}, "openorca": {"gsm8k": later}}, published=known)
-    section = context.published(found)
+    findings = make({"v0": {"gsm8k": {"base": 0.2, "tuned": 0.6}}, "openorca": {"gsm8k": later}}, published=known)
+    section = context.published(findings)
     assert section is not None
     rows = [[entry.text for entry in row] for row in section.tables[0].rows]
     assert [row[1] for row in rows] == [literature.PORTLLM, literature.FOLLOW_UP, "ours"]

@@ -46,12 +46,12 @@ def test_experts_of_a_layer_are_one_module_and_doubtful_kinds_keep_their_names(t
     release(tmp_path, "v0", old)
     release(tmp_path, "v1", new)
     (drift,) = weights.drifts(PARAMS, tmp_path)
-    found = {(m.layer, m.kind): m.drift_ratio for m in drift.modules}
+    ratios = {(m.layer, m.kind): m.drift_ratio for m in drift.modules}
     experts = names[:3]
     moved = sum(float((new[n] - old[n]).square().sum()) for n in experts) ** 0.5
     size = sum(float(old[n].square().sum()) for n in experts) ** 0.5
-    assert found[0, "model.layers.mlp.experts.*.up_proj"] == pytest.approx(moved / size, rel=1e-5)
-    assert {kind for _, kind in found} == {
+    assert ratios[0, "model.layers.mlp.experts.*.up_proj"] == pytest.approx(moved / size, rel=1e-5)
+    assert {kind for _, kind in ratios} == {
         "model.layers.mlp.experts.*.up_proj", "model.layers.mlp.shared_expert.up_proj", "q_proj", "lm_head",
     }  # fmt: skip
     assert (drift.release, drift.against, drift.not_compared) == ("v1", "v0", ())
@@ -82,11 +82,11 @@ def test_patches_of_other_rank_or_other_modules_still_have_a_residual(tmp_path: 
     release(tmp_path, "v1", base)
     patch(tmp_path, "v0", rank=2)
     patch(tmp_path, "v1", rank=3, module="model.layers.0.k_proj")
-    (found,) = weights.residuals(PARAMS, tmp_path)
-    assert isinstance(found, Residual)
+    (residual,) = weights.residuals(PARAMS, tmp_path)
+    assert isinstance(residual, Residual)
     # the two patches touch different modules: nothing cancels
-    assert found.residual_norm**2 == pytest.approx(found.patch_norm**2 + found.retuned_norm**2)
-    assert found.cosine == 0.0
+    assert residual.residual_norm**2 == pytest.approx(residual.patch_norm**2 + residual.retuned_norm**2)
+    assert residual.cosine == 0.0
 
 
 def test_the_same_patch_leaves_no_residual(tmp_path: Path) -> None:
@@ -96,10 +96,10 @@ def test_the_same_patch_leaves_no_residual(tmp_path: Path) -> None:
     for name in ("v0", "v1"):
         torch.manual_seed(0)
         patch(tmp_path, name, rank=2)
-    (found,) = weights.residuals(PARAMS, tmp_path)
-    assert isinstance(found, Residual)
-    assert found.over_patch == pytest.approx(0.0, abs=1e-6)
-    assert found.cosine == pytest.approx(1.0)
+    (residual,) = weights.residuals(PARAMS, tmp_path)
+    assert isinstance(residual, Residual)
+    assert residual.over_patch == pytest.approx(0.0, abs=1e-6)
+    assert residual.cosine == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("what", [{"use_dora": True}, {"module": "model.layers.9.q_proj"}])
@@ -109,6 +109,8 @@ def test_what_is_not_plain_lora_on_the_base_is_said(tmp_path: Path, what: Mappin
     release(tmp_path, "v1", base)
     patch(tmp_path, "v0", rank=2, **what)  # type: ignore[arg-type]
     patch(tmp_path, "v1", rank=2)
-    (found,) = weights.residuals(PARAMS, tmp_path)
-    assert isinstance(found, Unmeasured)
-    assert "has DoRA, expected plain LoRA" in found.reason or "has no model.layers.9.q_proj.weight" in found.reason
+    (residual,) = weights.residuals(PARAMS, tmp_path)
+    assert isinstance(residual, Unmeasured)
+    assert (
+        "has DoRA, expected plain LoRA" in residual.reason or "has no model.layers.9.q_proj.weight" in residual.reason
+    )

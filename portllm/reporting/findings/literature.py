@@ -1,7 +1,7 @@
 """Published figures of other authors, each with source and setting, for an experiment that follows their protocol.
 
-Scores are shares. A figure is shown for its task, beside the model that it is of or may be of (its setting says which),
-and where params.yaml keeps the paper's protocol.
+Scores are shares. A figure is shown for its task and model (or the model it may be of: its setting says which), where
+params.yaml keeps the paper's protocol.
 """
 
 from __future__ import annotations

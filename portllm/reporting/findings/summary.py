@@ -8,8 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from portllm.params import Params
-from portllm.reporting.findings import comparison, weights
-from portllm.reporting.findings.comparison import Comparison, Control, Recall, mean
+from portllm.reporting.findings import arms, weights
+from portllm.reporting.findings.arms import Comparison, Control, Recall, mean
 from portllm.reporting.findings.literature import PublishedFigures, published_figures
 from portllm.reporting.findings.weights import Drift, Residual, Unmeasured
 from portllm.reporting.results import Results, TrainingCurve
@@ -29,7 +29,7 @@ class Average:
     @property
     def recovery(self) -> float | None:
         """Return the recovery of the means; None where it is undefined."""
-        return comparison.recovery(self.base, self.ported, self.retuned)
+        return arms.recovery(self.base, self.ported, self.retuned)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +94,9 @@ def find(results: Results, *, params: Params, models: Path) -> Findings:
             if record
         },
         fingerprints={name: record.fingerprint if record else None for name, record in records.items()},
-        comparisons=comparison.compare(results, params.report),
-        controls=comparison.controls(results),
-        recalls=comparison.recalls(results),
+        comparisons=arms.compare(results, params.report),
+        controls=arms.controls(results),
+        recalls=arms.recalls(results),
         drifts=weights.drifts(params, models),
         residuals=tuple(r for r in residuals if isinstance(r, Residual)),
         unmeasured=tuple(r for r in residuals if isinstance(r, Unmeasured)),

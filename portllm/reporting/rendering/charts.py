@@ -7,15 +7,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from portllm.reporting.findings.comparison import ARMS, KINDS, ArmScore, Recall
+from portllm.reporting.findings.arms import ARMS, KINDS, Recall, ScoreEstimate
 from portllm.reporting.findings.costs import CostFindings
 from portllm.reporting.findings.summary import Findings
 from portllm.reporting.findings.weights import Drift
 from portllm.reporting.rendering import drawing
 from portllm.reporting.rendering.drawing import ARM_COLOURS, ARM_MARKERS, GROUND, LINE
 from portllm.reporting.results import Cost, TrainingCurve
+from portllm.reporting.sections.elements import ARM_NAMES, DAGGER
 from portllm.reporting.sections.formats import percent_sign
-from portllm.reporting.sections.tables import ARM_NAMES, DAGGER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,13 +87,13 @@ def _arms(findings: Findings) -> Figure:
     return figure
 
 
-def _shift(arm: str, scores: Mapping[str, ArmScore]) -> float:
+def _shift(arm: str, scores: Mapping[str, ScoreEstimate]) -> float:
     """Return how far an arm is shifted from its release's tick, so that equal scores do not hide each other."""
     arms = [name for name in ARMS if name in scores]
     return 0.13 * (arms.index(arm) - (len(arms) - 1) / 2)
 
 
-def _trace(axes: Axes, points: Sequence[tuple[float, ArmScore]], arm: str, *, joined: bool) -> None:
+def _trace(axes: Axes, points: Sequence[tuple[float, ScoreEstimate]], arm: str, *, joined: bool) -> None:
     xs = [x for x, _ in points]
     ys = [100 * s.value for _, s in points]
     below = [max(0.0, 100 * (s.value - s.low)) for _, s in points]

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from portllm.reporting.findings.comparison import ARMS, RECALL_ARMS, Comparison, mean
+from portllm.reporting.findings.arms import ARMS, RECALL_ARMS, Comparison, mean
 from portllm.reporting.findings.summary import Findings
-from portllm.reporting.sections.tables import ARM_NAMES
+from portllm.reporting.sections.elements import ARM_NAMES
 
 DIGITS = 6
 

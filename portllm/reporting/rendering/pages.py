@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portllm.reporting.findings.comparison import share_kept
+from portllm.reporting.findings.arms import share_kept
 from portllm.reporting.findings.costs import CostFindings
 from portllm.reporting.findings.summary import Findings
 from portllm.reporting.rendering import charts, drawing
 from portllm.reporting.sections import build
 from portllm.reporting.sections import formats as f
-from portllm.reporting.sections.costs import build_costs, cost_headline
+from portllm.reporting.sections.cost_tables import build_costs, cost_headline
+from portllm.reporting.sections.elements import Section
 from portllm.reporting.sections.headline import parts
-from portllm.reporting.sections.tables import Section
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -1,11 +1,11 @@
 """What the pages state: findings as sections of text, tables and names of pictures, the same for Markdown and HTML.
 
-    tables.py        Section, Table and Entry, and the names of the arms
+    elements.py      Section, Table and Entry, and the names of the arms
     formats.py       numbers as text
     headline.py      the paragraph at the top, computed from the findings
     measurements.py  sections on the base probe, the arms and what they recall
     context.py       sections on drift, residual, training, published scores, and what is left out
-    costs.py         sections and headline of the page of costs
+    cost_tables.py   sections and headline of the page of costs
 
 `build` puts the report's sections in reading order.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from portllm.reporting.findings.summary import Findings
 from portllm.reporting.sections import context, measurements
-from portllm.reporting.sections.tables import Section
+from portllm.reporting.sections.elements import Section
 
 __all__ = ["Section", "build"]
 

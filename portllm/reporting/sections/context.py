@@ -5,8 +5,8 @@ from __future__ import annotations
 from portllm.reporting.findings.summary import Findings
 from portllm.reporting.findings.weights import Drift
 from portllm.reporting.sections import formats as f
+from portllm.reporting.sections.elements import Section, Table, row, task_name
 from portllm.reporting.sections.measurements import NO_NEWS, NO_PROBE
-from portllm.reporting.sections.tables import Section, Table, row, task_name
 
 DRIFT = (
     "Drift is ‖θ' − θ‖ / ‖θ‖ (Frobenius norm), per module and in all: how far a release's weights lie from an earlier "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from portllm.reporting.findings.comparison import LEAST_GAIN, WITHIN, mean, share_kept
+from portllm.reporting.findings.arms import LEAST_GAIN, WITHIN, mean, share_kept
 from portllm.reporting.findings.summary import Average, Findings
 from portllm.reporting.sections.formats import listing, percent, percent_sign, points
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from portllm.reporting.findings.comparison import LEAST_GAIN, Comparison, Pairing, Recall, mean
+from portllm.reporting.findings.arms import LEAST_GAIN, Comparison, Pairing, Recall, mean
 from portllm.reporting.findings.summary import Average, Findings
 from portllm.reporting.sections import formats as f
-from portllm.reporting.sections.tables import ARM_NAMES, DAGGER, Entry, Section, Table, dagger, row, task_name
+from portllm.reporting.sections.elements import ARM_NAMES, DAGGER, Entry, Section, Table, dagger, row, task_name
 
 PROBE = (
     "Can the bare release recall the facts that a task asks about? Below {threshold} on {first} a patch has nothing to "

@@ -8,7 +8,7 @@ from portllm.reporting.findings.costs import CostFindings, Execution
 from portllm.reporting.findings.literature import PublishedCost
 from portllm.reporting.results import Cost
 from portllm.reporting.sections import formats as f
-from portllm.reporting.sections.tables import Entry, Section, Table, row
+from portllm.reporting.sections.elements import Entry, Section, Table, row
 
 COST = (
     "Seconds include starting the process and importing libraries; memory is the process's peak on this machine. On a "

@@ -17,7 +17,7 @@ from portllm.reporting.results import ReleaseScores, Results, RowKey
 ARMS = ("base", "tuned", "ported", "retuned")
 # `old` is the first release's tuned model, which was never trained on the news
 RECALL_ARMS = ("base", "old", "ported", "retuned", "tuned")
-MAIN_METRICS = ("exact_match,strict-match", "acc,none", "exact_match,none", "acc_norm,none")
+REPORTED_METRICS = ("exact_match,strict-match", "acc,none", "exact_match,none", "acc_norm,none")
 # a task may have several scores, or one by several filters; those that lie between 0 and 1
 SHARES = ("acc", "acc_norm", "exact_match", "f1", "mcc")
 FORMAT_METRIC = "format"
@@ -29,7 +29,7 @@ PERPLEXITY_METRICS = ("word_perplexity,none", "perplexity,none", "byte_perplexit
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmScore:
+class ScoreEstimate:
     """An arm's share of right answers, its 95% interval, and the share of answers in a valid format."""
 
     value: float
@@ -68,7 +68,7 @@ class Comparison:
     release: str
     task: str
     metric: str
-    scores: Mapping[str, ArmScore]
+    scores: Mapping[str, ScoreEstimate]
     recovery: float | None
     against_retuned: Pairing | None
     flips: Flips | None
@@ -138,14 +138,13 @@ def mean(values: Iterable[float | None]) -> float | None:
     return fmean(numbers) if numbers else None
 
 
-def main_metric(task: str, metrics: Mapping[str, float]) -> str:
+def reported_metric(task: str, metrics: Mapping[str, float]) -> str:
     """Return the metric the report calls the task's score. Raises DataError when none is a share of right answers."""
-    for name in MAIN_METRICS:
+    for name in REPORTED_METRICS:
         if name in metrics:
             return name
-    raise DataError(
-        f"{task}: no score to report; expected one of {', '.join(MAIN_METRICS)}, found {', '.join(metrics) or 'none'}"
-    )
+    names, expected = ", ".join(metrics) or "none", ", ".join(REPORTED_METRICS)
+    raise DataError(f"{task}: no score to report; expected one of {expected}, found {names}")
 
 
 def recovery(base: float | None, ported: float | None, retuned: float | None) -> float | None:
@@ -162,7 +161,7 @@ def _compared(results: Results, release: str, task: str, params: ReportParams) -
     for arm in ARMS:
         key = (task, arm, None if arm == "base" else task)
         if key in here.metrics:
-            metric = main_metric(task, here.metrics[key])
+            metric = reported_metric(task, here.metrics[key])
             scores[arm] = _score(here, key, metric)
     if "base" not in scores:
         raise DataError(f"evaluation of {release}: has no base arm on {task}; run `dvc repro evaluate`")
@@ -192,7 +191,7 @@ def _other_metrics(scores: ReleaseScores, task: str, main: str) -> dict[str, dic
     return shares
 
 
-def _score(scores: ReleaseScores, key: RowKey, metric: str) -> ArmScore:
+def _score(scores: ReleaseScores, key: RowKey, metric: str) -> ScoreEstimate:
     value = scores.metrics[key][metric]
     samples = scores.counts[key]
     right = scores.correct.get(key)
@@ -202,7 +201,7 @@ def _score(scores: ReleaseScores, key: RowKey, metric: str) -> ArmScore:
             f"average {sum(right.values()) / len(right):.4f}; run `dvc repro evaluate` again"
         )
     low, high = wilson(value * samples, samples)
-    return ArmScore(value=value, low=low, high=high, samples=samples, format=valid_format(scores.metrics[key]))
+    return ScoreEstimate(value=value, low=low, high=high, samples=samples, format=valid_format(scores.metrics[key]))
 
 
 def valid_format(metrics: Mapping[str, float]) -> float | None:
