@@ -24,7 +24,7 @@ def run(
     corpus: Path | None = None,
     force: bool = False,
     training: pretraining.TrainingCallbacks | None = None,
-    download: releases.Watch | None = None,
+    download: releases.DownloadCallbacks | None = None,
 ) -> ReleaseRecord:
     """Write the release named by `params.source` to `out`.
 
@@ -33,7 +33,7 @@ def run(
     Raises DataError, CheckpointError, ParamsError, MachineError and OutputError.
     """
     if params.source not in (WORLD, SCRATCH):
-        return _real(out, params, force, download or releases.Watch())
+        return _real(out, params, force, download or releases.DownloadCallbacks())
     if corpus is None:
         raise DataError(f"the first release of source {params.source} is pretrained; pass its corpus with --corpus DIR")
     return _pretrained(out, params, corpus, force, training or pretraining.TrainingCallbacks())
@@ -61,11 +61,11 @@ def _pretrained(
     return record
 
 
-def _real(out: Path, params: FetchParams, force: bool, watch: releases.Watch) -> ReleaseRecord:
+def _real(out: Path, params: FetchParams, force: bool, callbacks: releases.DownloadCallbacks) -> ReleaseRecord:
     refuse(out, force=force, inputs=())  # before gigabytes come
-    found = releases.find(params.source, watch)
+    found = releases.find(params.source, callbacks)
     with staged(out, force=force, inputs=(found,)) as folder:
-        source = releases.copy(found, folder, watch)
+        source = releases.copy(found, folder, callbacks)
         record = ReleaseRecord(
             fingerprint=fingerprint(folder),
             source=source,

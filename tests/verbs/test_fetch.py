@@ -12,12 +12,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from portllm.amounts import size
 from portllm.checkpoint.files import copying, output
 from portllm.checkpoint.files.hashing import fingerprint
 from portllm.checkpoint.record.records import ReleaseRecord
 from portllm.cli import main
 from portllm.errors import CheckpointError, OutputError
-from portllm.lm.remote.releases import Watch
+from portllm.lm.remote.releases import DownloadCallbacks
 from portllm.params import FetchParams
 from portllm.verbs import fetch
 
@@ -55,9 +56,9 @@ def test_a_hub_release_is_pinned_to_its_commit(hub: Any, published: Path, tmp_pa
     commit = hub.add(REPO, contents(published))
     out = tmp_path / "v0"
     notes: list[str] = []
-    heard: list[tuple[int, int]] = []
-    watch = Watch(on_note=notes.append, on_bytes=lambda *done: heard.append(done))
-    record = fetch.run(out=out, params=FetchParams(source=REPO), download=watch)
+    progress: list[tuple[int, int]] = []
+    callbacks = DownloadCallbacks(on_note=notes.append, on_bytes=lambda *counts: progress.append(counts))
+    record = fetch.run(out=out, params=FetchParams(source=REPO), download=callbacks)
     assert fetched(out) == wanted(published)
     assert record == ReleaseRecord.read(out)
     assert record.source is not None
@@ -66,12 +67,12 @@ def test_a_hub_release_is_pinned_to_its_commit(hub: Any, published: Path, tmp_pa
     assert (record.base, dict(record.params)) == (None, {"source": REPO})
     total = sum(map(len, wanted(published).values()))
     (note,) = notes
-    assert note.startswith(f"{REPO} at {commit[:12]}: 5 files, {total / 1e3:.2f} kB; ")
+    assert note.startswith(f"{REPO} at {commit[:12]}: 5 files, {size(total)}; ")
     assert note.endswith("GB free on the disk of the hub's cache")
-    assert heard[-1] == (total, total)
-    again = Watch(on_note=notes.append)
+    assert progress[-1] == (total, total)
+    again = DownloadCallbacks(on_note=notes.append)
     fetch.run(out=out, params=FetchParams(source=REPO), download=again, force=True)
-    assert f"{total / 1e3:.2f} kB, all of it here already; " in notes[-1]
+    assert f"{size(total)}, all of it available already; " in notes[-1]
     # the branch moves on, the commit does not
     hub.add(REPO, {**contents(published), "tokenizer.json": b'{"new": 1}'})
     fetch.run(out=tmp_path / "again", params=FetchParams(source=f"{REPO}@{commit}"))
@@ -149,16 +150,16 @@ def test_every_way_of_copying_gives_the_same_bytes(
 
         monkeypatch.setattr("os.copy_file_range", refuse)
     monkeypatch.setattr(copying, "PIECE_BYTES", 100)
-    heard: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     out = tmp_path / "out"
     out.mkdir()
     link = tmp_path / "snapshot"
     link.mkdir()
     for path in published.iterdir():
         (link / path.name).symlink_to(path)  # as a hub cache has it
-    copying.copy_checkpoint(link, out, lambda *done: heard.append(done))
+    copying.copy_checkpoint(link, out, lambda *counts: progress.append(counts))
     assert contents(out) == wanted(published)
     assert not any(path.is_symlink() for path in out.iterdir())
     total = sum(map(len, wanted(published).values()))
-    assert heard[-1] == (total, total)
-    assert [done for done, _ in heard] == sorted(done for done, _ in heard)
+    assert progress[-1] == (total, total)
+    assert [done for done, _ in progress] == sorted(done for done, _ in progress)

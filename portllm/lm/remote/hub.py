@@ -56,11 +56,11 @@ def resolve(
             f"{name or repr(name)}: no such directory; expected a checkpoint or patch directory, or a hub id"
             f"{did_you_mean_path(path) if name else ''}"
         )
-    asked = Asked(str(name), match["repo"], match["revision"], whole)
-    with asked.reasons():
-        download = asked.plan()
+    request = HubRequest(str(name), match["repo"], match["revision"], whole)
+    with request.reasons():
+        download = request.plan()
         if download is None:
-            return asked.cached()
+            return request.cached()
         if on_plan is not None:
             on_plan(download)
         download.check_room()
@@ -73,7 +73,7 @@ def is_hub_id(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Asked:
+class HubRequest:
     """A repository of the hub, as the user named it."""
 
     name: str
@@ -109,10 +109,12 @@ class Asked:
         """Return the files that huggingface_hub would download, by its dry run."""
         from huggingface_hub import snapshot_download
 
-        from portllm.lm.remote.downloading import exactly, quiet
+        from portllm.lm.remote.downloading import exactly, no_bars, quiet
 
         with quiet():
-            files = snapshot_download(self.repo, revision=commit, allow_patterns=exactly(names), dry_run=True)
+            files = snapshot_download(
+                self.repo, revision=commit, allow_patterns=exactly(names), dry_run=True, tqdm_class=no_bars()
+            )  # fmt: skip
         return frozenset(file.filename for file in files if file.will_download)
 
     def cached(self) -> Path:

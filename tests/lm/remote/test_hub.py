@@ -307,7 +307,7 @@ def test_out_of_reach_it_says_so_unless_the_cache_has_all(hub: Any, monkeypatch:
 def test_a_disk_too_small_is_said_before_anything_is_downloaded(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add(REPO, MODEL)
     monkeypatch.setattr(downloading.Download, "free", property(lambda _: 50_000_000))
-    with pytest.raises(OutputError, match=r"0\.00 GB are to be downloaded, .* has 0\.05 GB free"):
+    with pytest.raises(OutputError, match=r"1\.05 MB are to be downloaded, .* has 50\.0 MB free"):
         resolve(REPO)
     assert hub.ranges == []
 

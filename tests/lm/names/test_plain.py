@@ -9,8 +9,7 @@ import pytest
 
 from portllm.checkpoint.base.checkpoint import Checkpoint
 from portllm.checkpoint.base.layout import PLAIN, Layout, plain
-from portllm.lm.names.layout import built
-from portllm.lm.names.naming import layout_of
+from portllm.lm.names.layout import built, layout_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
