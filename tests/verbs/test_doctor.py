@@ -30,26 +30,26 @@ def gpu(memory: int, name: str = "NVIDIA H100 80GB HBM3") -> Gpu:
 
 
 def machine(**changes: Any) -> Machine:
-    known: dict[str, Any] = {
+    values: dict[str, Any] = {
         "cpu": "a processor", "cores": 16, "ram_bytes": 128 * GIB, "ram_available_bytes": 100 * GIB,
         "disk_free_bytes": 2000 * GIB, "gpus": (gpu(80 * GIB),), "packages": dict.fromkeys(equipment.PACKAGES, "1.0"),
         "torch_cuda": "12.8",
     }  # fmt: skip
-    return Machine(**{**known, **changes})
+    return Machine(**{**values, **changes})
 
 
 def diagnose(monkeypatch: pytest.MonkeyPatch, here: Machine, whole: params.Params, folder: Path) -> dict[str, set[str]]:
     """The statuses of each check, the hub's aside: tests have none."""
     monkeypatch.setattr(equipment, "inspect", lambda _: here)
-    found = doctor.run(params=whole, folder=folder)
+    diagnosis = doctor.run(params=whole, folder=folder)
     statuses: dict[str, set[str]] = {}
-    for check in found.checks:
+    for check in diagnosis.checks:
         if check.name not in ("model", "hub"):
             statuses.setdefault(check.name, set()).add(check.status)
     return statuses
 
 
-def test_a_large_gpu_has_what_the_papers_profile_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_large_gpu_passes_every_check_of_the_papers_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     profile = params.load(PROFILE)
     monkeypatch.setattr(pace, "gpu_pace", lambda _: FAST)
     assert set().union(*diagnose(monkeypatch, machine(), profile, tmp_path).values()) == {"ok"}
@@ -75,7 +75,7 @@ def test_what_is_missing_fails_by_name(
     ("change", "package"),
     [({"quantization": "4bit"}, "bitsandbytes"), ({"optim": {"attention": "flash_attention_2"}}, "flash-attn")],
 )
-def test_a_package_that_params_ask_for_must_be_there(
+def test_a_package_that_params_require_must_be_installed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: dict[str, Any], package: str
 ) -> None:
     profile = params.load(PROFILE)
@@ -90,7 +90,7 @@ def test_a_package_that_params_ask_for_must_be_there(
     [(8, "gpus-ddp", "fail"), (4, "gpus-ddp", "ok"), (1, "gpus-ddp", "ok"), (8, None, None), (0, "gpus-fsdp", "fail"),
      (3, "gpus-fsdp", "fail"), (0, "cpu-2", "ok"), (4, "absent", "fail")],
 )  # fmt: skip
-def test_processes_that_cannot_share_a_batch_are_told_of_before_anything_is_fetched(
+def test_processes_that_cannot_share_a_batch_fail_before_anything_is_fetched(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpus: int, environment: str | None, status: str | None
 ) -> None:
     monkeypatch.delenv("PORTLLM_ACCELERATE", raising=False)
@@ -100,28 +100,26 @@ def test_processes_that_cannot_share_a_batch_are_told_of_before_anything_is_fetc
     assert diagnose(monkeypatch, here, params.load(PROFILE), tmp_path).get("launch") == ({status} if status else None)
 
 
-def test_data_that_nobody_knows_fail_and_a_file_counts_as_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_unknown_data_fail_unless_a_file_has_their_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole = params.load(PROFILE)
     corpora = {"openorca": params.CorpusParams(source="mine+OpenOrca"), "slimorca": params.CorpusParams(source="a/b")}
     prepare = replace(whole.prepare, data="data", corpora=corpora)
     mine = replace(whole, tasks=("boolq", "my_own"), prepare=prepare)
     monkeypatch.setattr(equipment, "inspect", lambda _: machine())
 
-    def said() -> list[str]:
+    def details() -> list[str]:
         return [check.detail for check in doctor.run(params=mine, folder=tmp_path).checks if check.name == "data"]
 
-    task, corpus = said()
+    task, corpus = details()
     assert task.startswith("my_own: neither in data nor a task of the harness")
     assert corpus.startswith("mine: neither in data nor a known corpus nor a dataset of the hub")
     (tmp_path / "data").mkdir()
     for name in ("my_own", "mine"):
         (tmp_path / "data" / f"{name}.jsonl").write_text("")
-    assert said() == []
+    assert details() == []
 
 
-def test_what_was_not_estimated_is_not_vouched_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_a_size_has_a_verdict_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "abacus"}')
@@ -132,7 +130,7 @@ def test_what_was_not_estimated_is_not_vouched_for(tmp_path: Path, monkeypatch: 
     assert "no experiment was given" in CliRunner().invoke(main, ["doctor"]).output.splitlines()[-1]
 
 
-def test_linked_caches_keep_nothing_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_linked_caches_count_each_byte_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(equipment, "inspect", lambda _: machine())
     whole = params.load(ROOT / "params.yaml")
     twice = doctor.run(params=whole, folder=tmp_path)
@@ -152,9 +150,9 @@ def test_the_command_answers_quickly_with_one_object_and_an_exit_code(
     start = time.monotonic()
     fits = runner.invoke(main, ["doctor", "--params", str(ROOT / "params.yaml"), "--json"])
     assert time.monotonic() - start < 5
-    told = json.loads(fits.stdout)
-    assert (fits.exit_code, told["ok"]) == (0, True)
-    assert [s["stage"] for s in told["stages"]] == ["prepare", "fetch", "evolve", "train", "port", "evaluate", "report"]
+    tree = json.loads(fits.stdout)
+    assert (fits.exit_code, tree["ok"]) == (0, True)
+    assert [s["stage"] for s in tree["stages"]] == ["prepare", "fetch", "evolve", "train", "port", "evaluate", "report"]
     cannot = runner.invoke(main, ["doctor", "--params", str(PROFILE)])
     assert cannot.exit_code == 1
     assert "FAIL model: mistralai/Mistral-7B-v0.1" in cannot.output
@@ -164,8 +162,8 @@ def test_the_command_answers_quickly_with_one_object_and_an_exit_code(
 
 
 def test_nvidia_smi_is_read_and_hidden_devices_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "0, GPU-aa, NVIDIA H100 80GB HBM3, 81559, 81000, 9.0\n1, GPU-bb, Tesla T4, 15360, 15000, 7.5\n"
-    monkeypatch.setattr(equipment, "_nvidia_smi", lambda: said)
+    answer = "0, GPU-aa, NVIDIA H100 80GB HBM3, 81559, 81000, 9.0\n1, GPU-bb, Tesla T4, 15360, 15000, 7.5\n"
+    monkeypatch.setattr(equipment, "_nvidia_smi", lambda: answer)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     first, second = equipment._gpus()
     assert (first.bf16, first.name, first.memory_bytes) == (True, "NVIDIA H100 80GB HBM3", 81559 * 2**20)
@@ -176,7 +174,7 @@ def test_nvidia_smi_is_read_and_hidden_devices_are_left_out(monkeypatch: pytest.
     assert list(equipment._gpus()) == []
 
 
-def test_a_gpu_can_be_imagined(tmp_path: Path) -> None:
+def test_as_if_has_the_memory_of_its_gpu_and_no_hours(tmp_path: Path) -> None:
     profile = params.load(PROFILE)
     large, small = (doctor.run(params=profile, folder=tmp_path, as_if=name) for name in ("H100", "a100:40"))
     assert (large.device, small.device) == ("H100", "A100")

@@ -97,7 +97,7 @@ def test_the_command_says_what_comes_and_no_token(
     assert failed.exit_code == 1
     last = failed.stderr.splitlines()[-1]
     assert last == (
-        f"Error: {REPO}: gated, and this token's account is not let in; ask for access at {hub.url}/{REPO}, "
+        f"Error: {REPO}: gated, and this token's account has no access; request it at {hub.url}/{REPO}, "
         "or use another token"
     )
     assert os.environ["HF_TOKEN"] not in done.output + failed.output

@@ -114,7 +114,7 @@ def test_pickles_alone_are_refused_with_the_command_that_converts_them(hub: Any)
     assert "\n" not in str(caught.value)
     assert hub.asked_for("/resolve/") == 0
     hub.add("owner/gguf", {"model.gguf": b"weights"})
-    with pytest.raises(CheckpointError, match="no safetensors that a model loads from, found model.gguf"):
+    with pytest.raises(CheckpointError, match="expected safetensors that a model loads from, found model.gguf"):
         resolve("owner/gguf")
 
 
@@ -164,6 +164,12 @@ def test_progress_is_in_bytes_and_ends_at_the_total(hub: Any) -> None:
     assert heard[-1] == (total, total)
 
 
+def test_resolve_with_a_callback_draws_no_bars_of_the_library(hub: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.add(REPO, MODEL)
+    resolve(REPO, on_progress=lambda *_: None)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_connection_cut_short_is_taken_up_where_it_broke(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)  # the library waits between its attempts
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", PIECE)
@@ -201,7 +207,7 @@ def test_a_part_of_a_repository_in_the_cache_does_not_stand_for_the_whole(
     folder = resolve(REPO)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert resolve(REPO) == folder
-    with pytest.raises(CheckpointError, match="nor whole in the hub's cache"):
+    with pytest.raises(CheckpointError, match="nor complete in the hub's cache"):
         resolve(REPO, whole=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     resolve(REPO, whole=True)
@@ -249,12 +255,15 @@ def test_a_killed_download_runs_again_and_keeps_complete_files(hub: Any, tmp_pat
 @pytest.mark.parametrize(
     ("prepare", "says"),
     [
-        (lambda h: None, r"neither a directory nor a repository of the hub that your token may see; check the name"),
-        (lambda h: h.add(REPO, MODEL, gated=True), r"gated, and this token's account is not let in; ask .*owner/name"),
+        (lambda h: None, r"neither a directory nor a repository of the hub that your token can read; check the name"),
+        (
+            lambda h: h.add(REPO, MODEL, gated=True),
+            r"gated, and this token's account has no access; request .*owner/name",
+        ),
         (lambda h: h.add(REPO, MODEL, branch="other"), r"has no revision main; see its branches at"),
-        (lambda h: h.known_tokens.clear(), r"does not know the token, or it has expired; log in again"),
+        (lambda h: h.known_tokens.clear(), r"the token is unknown to the hub, or has expired; log in again"),
         (lambda h: h.failures.update({"/api/models": (503, "down")}), r"the hub failed \(HTTP 503\); try again later"),
-        (lambda h: h.failures.update({"/api/models": (429, "slow")}), r"asks to wait \(HTTP 429\)"),
+        (lambda h: h.failures.update({"/api/models": (429, "slow")}), r"too many requests \(HTTP 429\)"),
         (lambda h: (h.add(REPO, MODEL), h.failures.update({"/store/": (403, "expired")})), r"refused \(HTTP 403\)"),
     ],
 )
@@ -295,12 +304,12 @@ def test_out_of_reach_it_says_so_unless_the_cache_has_all(hub: Any, monkeypatch:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert resolve(REPO) == folder
     for name in ("owner/partly", "owner/never", f"{REPO}@v9"):
-        with pytest.raises(CheckpointError, match="cannot be reached .* not whole in the cache; check the network"):
+        with pytest.raises(CheckpointError, match="cannot be reached .* not complete in the cache; check the network"):
             resolve(name)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert resolve(REPO) == folder
     for name in ("owner/partly", "owner/never", f"{REPO}@v9"):
-        with pytest.raises(CheckpointError, match=r"nor whole in the hub's cache.*HF_HUB_OFFLINE.*local directory"):
+        with pytest.raises(CheckpointError, match=r"nor complete in the hub's cache.*HF_HUB_OFFLINE.*local directory"):
             resolve(name)
 
 

@@ -102,7 +102,7 @@ def test_the_token_is_nowhere_but_in_the_requests(
         ("preupload", 403, "may not write there"),
         ("lfs/objects", 404, "no such repository or branch"),
         ("/store/", 403, "may not write there"),
-        ("validate-yaml", 400, "did not take it"),
+        ("validate-yaml", 400, "the upload failed"),
         ("/commit/", 413, r"refused \(HTTP 413: too much\)"),
         ("/commit/", 500, "try again later"),
         ("/tree/", 500, "try again later"),
