@@ -16,8 +16,6 @@ from tests import surroundings
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 11, "tie_word_embeddings": False}
 LORA = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "bias": "none"}
-# modules with limits in seconds
-TIMED = {"tests/checkpoint/test_patterns.py", "tests/test_tracking.py", "tests/verbs/test_doctor.py"}
 # fixtures that take more than a few seconds to make, by module: the tests that need one are slow
 SLOW_FIXTURES = {"tests/test_tracking.py": "project"}
 WORKER_BYTES, MOST_WORKERS = 2 << 30, 8  # a worker with every library loaded; more of them gain little
@@ -42,16 +40,17 @@ def pytest_xdist_auto_num_workers() -> int | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests of one module in one process, and those that measure time in one after another; slow ones first.
+    """Keep the tests of one module in one process, so that its fixtures are made once; slow modules go first.
 
-    A module's fixtures are then made once. A folder's own conftest may choose other groups.
+    A module or a folder's conftest may choose another group. Those with limits in seconds are all in the group `timed`,
+    one after another.
     """
     for item in items:
         module = item.nodeid.partition("::")[0]
         if SLOW_FIXTURES.get(module) in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group("timed" if module in TIMED else module))
+            item.add_marker(pytest.mark.xdist_group(module))
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 

@@ -102,7 +102,7 @@ def test_a_process_left_by_a_test_is_ended_and_no_other_test_fails_by_it(small: 
 
 def test_tests_of_one_module_run_in_one_process(small: Path) -> None:
     """Detect versions of pytest and pytest-xdist that ignore groups without a word (issue 8, item 19)."""
-    done = _run(small, "def test_it():\n    pass\n", more=("-v", "-n", "1", "--dist", "loadgroup"))
+    done = _run(small, "def test_it():\n    pass\n", more=("-vv", "-n", "1", "--dist", "loadgroup"))
     assert "test_it.py::test_it@tests/test_it.py" in done.stdout, done.stdout
 
 
@@ -126,5 +126,5 @@ def _pytest(folder: Path, *words: str, shell: str = 'exec "$@"', **env: str) -> 
     """Run pytest in a folder, by way of a shell script that gets its command line as arguments."""
     command = ["sh", "-c", shell, "sh", sys.executable, "-m", "pytest", *words]
     return subprocess.run(
-        command, cwd=folder, env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=120
+        command, cwd=folder, env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=300
     )

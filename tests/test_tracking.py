@@ -26,6 +26,7 @@ pytestmark = [
     # MLflow supports pydantic 1 and 2, and Python 3.12 deprecates sqlite3's default adapters
     pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow"),
     pytest.mark.filterwarnings("ignore::FutureWarning:mlflow"),
+    pytest.mark.xdist_group("timed"),
 ]
 
 DATA = Artifact("dataset", "world_boolq/train.parquet", "da" * 32)

@@ -1,6 +1,6 @@
 """Read and check the results on disk: scores with samples, training curves, release records; apart from them, costs.
 
-Only what belongs to the tasks and releases of params.yaml is read; `orphans` names the rest.
+Results of tasks and releases that params.yaml does not name are left out; `orphans` names them.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def read(*, params: Params, models: Path, evaluated: Path) -> Results:
 
 
 def orphans(*, params: Params, models: Path, evaluated: Path) -> tuple[Path, ...]:
-    """Return the patches, ported models, releases and evaluations on disk that `params` names no more."""
+    """Return the patches, ported models, releases and evaluations on disk that `params` does not name."""
     releases = (path for path in (models / "releases").glob("[!.]*") if path.is_dir())
     rows = (path for kind in ("patches", "ported") for path in (models / kind).glob("[!.]*/[!.]*") if path.is_dir())
     files = evaluated.glob("[!.]*.json")
@@ -202,10 +202,6 @@ def _row_key(task: str, arm: str, patch_task: str | None, *, first: bool) -> Row
 def _spell(key: RowKey) -> str:
     task, arm, patch_task = key
     return f"{task}, arm {arm}" + (f", patch for {patch_task}" if patch_task else "")
-
-
-def _is_named(cost: Cost, params: Params) -> bool:
-    return cost.release in (None, *params.releases) and cost.task in (None, *params.tasks)
 
 
 def _release_record(folder: Path) -> ReleaseRecord | None:

@@ -67,7 +67,7 @@ class Lines:
 
 
 def record(lines: Lines) -> dict[str, Any]:
-    """Write one run until it is closed; return its id and the registered versions, or an error beside the versions."""
+    """Write one run until it is closed; return its id and the registered versions, and an error if any."""
     pending: list[Message] = []
     while not pending and not lines.is_over:
         pending = lines.read(_FLUSH_SECONDS)

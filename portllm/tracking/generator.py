@@ -45,11 +45,11 @@ class Generator(PythonModel):  # type: ignore[misc]
         batch = self.tokenizer(list(model_input), return_tensors="pt", padding=True, return_token_type_ids=False)
         limit = int(context.model_config["max_new_tokens"])
         with torch.inference_mode():
-            whole = self.model.generate(
+            ids = self.model.generate(
                 **batch, max_new_tokens=limit, do_sample=False, pad_token_id=self.tokenizer.pad_token_id
             )
         start = batch["input_ids"].shape[1]
-        return [str(text) for text in self.tokenizer.batch_decode(whole[:, start:], skip_special_tokens=True)]
+        return [str(text) for text in self.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)]
 
 
 set_model(Generator())

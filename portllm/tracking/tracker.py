@@ -22,7 +22,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 # after an error or Ctrl-C the user waits for the prompt
 _WAIT_AFTER_ERROR_SECONDS = 10.0
-# registering copies whole checkpoints
+# registering copies complete checkpoints
 _WAIT_FOR_REGISTRY_SECONDS = 3600.0
 
 _CHILD_DEFAULTS = {

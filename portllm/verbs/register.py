@@ -139,8 +139,8 @@ def _row(
     """Return the one result of `arm`: of the model with this fingerprint on its own task, or of the base on `task`."""
     rows: list[Mapping[str, Any]] = scores["results"]
     for row in rows:
-        is_asked = row["task"] == row["patch_task"] if task is None else row["task"] == task
-        if is_asked and row["arm"] == arm and row["patch_fingerprint"] == fingerprint:
+        is_its_task = row["task"] == row["patch_task"] if task is None else row["task"] == task
+        if is_its_task and row["arm"] == arm and row["patch_fingerprint"] == fingerprint:
             return row
     what = f"no score of {path} as it is now on its own task" if task is None else f"no score of the base on {task}"
     raise EvaluationError(f"{results}: {what}; run portllm evaluate on its release with --patch {path}")

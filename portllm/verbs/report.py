@@ -49,7 +49,7 @@ def run(
     """Write `out`/report.{md,html} and pictures, `metrics` (JSON) and `plots`/*.csv, each complete or not at all.
 
     Reads models/{releases,patches} and `evaluated`/<release>.json with samples, of the tasks and releases that `params`
-    names; a note names what else is on the disk. The same inputs give the same bytes.
+    names; a note names the others on disk. The same inputs give the same bytes.
     Raises DataError for missing or wrong inputs, OutputError where an output may not be written.
     """
     if orphans := reporting.orphans(params=params, models=models, evaluated=evaluated):

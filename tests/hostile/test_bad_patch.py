@@ -221,7 +221,7 @@ KINDS = {**REFUSED, **CONFIG, **TENSORS, **RECORDS}
 def test_a_bad_patch_is_refused_in_one_line(
     kind: str, bench: Any, refused: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("portllm.checkpoint.patterns.SECONDS", 0.3)
+    monkeypatch.setattr("portllm.checkpoint.adapter.patterns.SECONDS", 0.3)
     spoil, named = KINDS[kind]
     spoil(bench)
     assert named in refused(bench)

@@ -207,7 +207,7 @@ GUARD = Guard()
 @pytest.fixture
 def guard(bench: Any, private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is written but in this test's folder and cache; patterns that do not end are given up soon."""
-    monkeypatch.setattr("portllm.checkpoint.patterns.SECONDS", 0.3)
+    monkeypatch.setattr("portllm.checkpoint.adapter.patterns.SECONDS", 0.3)
     warm_up(bench)
     monkeypatch.setattr(GUARD, "allowed", (str(bench.folder), str(private_cache)))
     yield

@@ -67,6 +67,7 @@ def shard_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
+    forget_strategy()
     prepare = PartialState._prepare_backend
 
     def as_on_gpus(self: Any, *args: Any, **more: Any) -> Any:
@@ -78,6 +79,13 @@ def shard_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
     for name, value in as_launched("gpus-fsdp").items():
         if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP")):
             patch.setenv(name, value)
+
+
+def forget_strategy() -> None:
+    """Have accelerate read its strategy from the environment again: a process has one for life otherwise."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def as_launched(config: str) -> dict[str, str]:
@@ -109,6 +117,7 @@ def main() -> None:
         seen[way]["snapshots"] = len(os.listdir(folder / way)) if processes.is_main() else 0
     if processes.is_main():
         (folder / "seen.json").write_text(json.dumps(seen))
+    forget_strategy()
     cli.main(sys.argv[2:], standalone_mode=False)
 
 

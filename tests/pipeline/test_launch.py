@@ -127,11 +127,21 @@ def test_one_process_killed_ends_all_and_snapshots_alone_are_left(project: Path)
     assert [p.name for p in project.iterdir() if "killed" in p.name] == [".killed.kept"]
 
 
-def test_an_error_is_said_once_and_nothing_is_left(project: Path) -> None:
-    stdout, stderr = (running := start(project, "wrong", 60, "--batch-size", "5")).communicate(timeout=90)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "5"], "multiple of the 2 processes, found 5"),
+        (["--learning-rate", "1e30"], "training stopped at step "),  # issue 8, item 1: all processes end
+    ],
+)
+def test_error_of_two_processes_is_one_line_and_leaves_nothing(project: Path, flags: list[str], message: str) -> None:
+    stdout, stderr = (running := start(project, "wrong", 60, *flags)).communicate(timeout=90)
     assert running.returncode == 1
-    assert (stdout, stderr.count("\n")) == ("", 1), stderr
-    assert "multiple of the 2 processes, found 5" in stderr
+    assert stdout == ""
+    errors = [line for line in stderr.splitlines() if not line.startswith("train: ")]
+    assert len(errors) == 1, stderr
+    assert errors[0].startswith("Error: ")
+    assert message in errors[0]
     assert not [p for p in project.iterdir() if "wrong" in p.name]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from portllm import params
 from portllm.reporting.findings import literature
+from portllm.reporting.findings.literature import PublishedFigures, published_figures
 from portllm.reporting.findings.summary import Findings
 from portllm.reporting.sections import context
 
@@ -18,7 +19,7 @@ MISTRAL = params.load(ROOT / "profiles" / "mistral-7b.yaml")
 
 
 def test_the_papers_profile_is_what_the_papers_figures_are_for() -> None:
-    found = literature.published_figures(MISTRAL)
+    found = published_figures(MISTRAL)
     assert found.differences == ()
     assert {one.task for one in found.scores} == {"boolq", "winogrande", "gsm8k"}
     headline = next(one for one in found.scores if one.source == literature.PORTLLM)
@@ -31,14 +32,12 @@ def test_the_papers_profile_is_what_the_papers_figures_are_for() -> None:
 
 @pytest.mark.parametrize("name", ["params.yaml", "profiles/llama-2-7b.yaml", "profiles/gemma-2-9b.yaml"])
 def test_another_model_has_none(name: str) -> None:
-    assert literature.published_figures(params.load(ROOT / name)) == literature.PublishedFigures()
+    assert published_figures(params.load(ROOT / name)) == PublishedFigures()
 
 
 def test_another_setting_has_none_and_says_why() -> None:
     other = replace(MISTRAL, train=params.override(MISTRAL.train, {"lora": {"r": 16}}, where="train"))
-    assert literature.published_figures(other) == literature.PublishedFigures(
-        differences=("train.lora.r is 16, theirs 8",)
-    )
+    assert published_figures(other) == PublishedFigures(differences=("train.lora.r is 16, theirs 8",))
     for section, change, said in (
         ("train", {"quantization": "4bit"}, "train.quantization is 4bit, theirs none"),
         ("train", {"lora": {"use_rslora": True}}, "train.lora.use_rslora is True, theirs False"),
@@ -46,22 +45,20 @@ def test_another_setting_has_none_and_says_why() -> None:
         ("evolve", {"mode": "full"}, "evolve.mode is full, theirs lora"),
     ):
         changed = params.override(getattr(MISTRAL, section), change, where=section)
-        assert literature.published_figures(replace(MISTRAL, **{section: changed})) == literature.PublishedFigures(
-            differences=(said,)
-        )
+        assert published_figures(replace(MISTRAL, **{section: changed})) == PublishedFigures(differences=(said,))
     shots = replace(MISTRAL, evaluate=replace(MISTRAL.evaluate, num_fewshot=5))
-    assert literature.published_figures(shots).differences == ("evaluate.num_fewshot is 5, theirs 0",)
-    real = literature.published_figures(params.load(ROOT / "profiles" / "mistral-7b-releases.yaml"))
+    assert published_figures(shots).differences == ("evaluate.num_fewshot is 5, theirs 0",)
+    real = published_figures(params.load(ROOT / "profiles" / "mistral-7b-releases.yaml"))
     assert not real.scores
     assert "real ones" in real.differences[0]
     # a copy on disk, or a pinned revision, is still that model
     pinned = replace(MISTRAL, fetch=replace(MISTRAL.fetch, source="models/Mistral-7B-v0.1"))
-    assert literature.published_figures(pinned) == literature.published_figures(MISTRAL)
+    assert published_figures(pinned) == published_figures(MISTRAL)
 
 
 def test_theirs_and_ours_stand_in_one_table(make: Callable[..., Findings]) -> None:
     later = {"base": 0.2, "ported": 0.6, "retuned": 0.62}
-    known = literature.published_figures(replace(MISTRAL, tasks=("gsm8k",)))
+    known = published_figures(replace(MISTRAL, tasks=("gsm8k",)))
     found = make({"v0": {"gsm8k": {"base": 0.2, "tuned": 0.6}}, "openorca": {"gsm8k": later}}, published=known)
     section = context.published(found)
     assert section is not None

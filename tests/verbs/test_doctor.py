@@ -19,6 +19,7 @@ from portllm.lm.sizing.equipment import Gpu, Machine
 from portllm.lm.sizing.pace import Pace
 from portllm.verbs import doctor
 
+pytestmark = pytest.mark.xdist_group("timed")
 ROOT = Path(__file__).parents[2]
 FAST = Pace(flops_per_second=700e12, utilisation=0.35, memory_bytes_per_second=3e12)
 PROFILE = ROOT / "profiles" / "mistral-7b.yaml"

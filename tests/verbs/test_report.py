@@ -18,8 +18,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from portllm.cli import main
 from portllm.errors import DataError, OutputError
 from portllm.params import EvolveParams, ReleaseParams
 from portllm.reporting.rendering import charts
@@ -428,11 +430,27 @@ def test_costs_that_are_not_there_or_wrong_are_refused(small: Any, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_patch_of_a_removed_task_is_in_no_table(fabricate: Fabricate, tmp_path: Path) -> None:
-    """A task removed from params has no row, average or plot in the report (issue 8, item 8)."""
-    tree = fabricate(tmp_path, tasks=("world_sst2", "world_mrpc"), releases=("v0", "v1"), rows=12, layers=1)
-    tree.params = replace(tree.params, tasks=("world_sst2",))
-    record = tree.run()
-    assert "world_mrpc" not in json.dumps({name: {**v, "probe": {}} for name, v in record.metrics.items()})
-    assert all("world_mrpc" not in path.read_text() for path in tree.paths()["plots"].iterdir())
-    assert "world_mrpc" not in (tree.paths()["out"] / "report.md").read_text()
+def test_costs_on_the_command_line_replace_the_page_in_its_default_place_alone(
+    small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`portllm report --costs` reads params.yaml and results/cost of the working directory (issue 8, item 20)."""
+    monkeypatch.chdir(small.root)
+    (small.root / "params.yaml").write_text(
+        "tasks: [world_sst2]\nreleases: [v0, v1]\nevolve: {releases: {v1: {base: v0}}}\n"
+    )
+    for _ in range(2):
+        done = CliRunner().invoke(main, ["report", "--costs", "--json"])
+        assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    assert record["out"] == "results/cost/report"
+    assert record["absent"] == ["fetch/v0", "evolve/v1", "evaluate/v0", "evaluate/v1"]
+    assert (small.root / record["out"] / "report.html").is_file()
+    assert not (small.root / "results" / "report").exists()
+    assert not (small.root / "mlflow.db").exists()
+
+    mine = CliRunner().invoke(main, ["report", "--costs", "--out", "results/cost/report"])
+    assert mine.exit_code == 1
+    assert "--force" in mine.output
+    unused = CliRunner().invoke(main, ["report", "--costs", "--metrics", "m.json"])
+    assert unused.exit_code == 2
+    assert "leave out --metrics" in unused.output

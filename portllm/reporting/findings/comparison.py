@@ -244,10 +244,7 @@ def flips(before: Mapping[int, bool], after: Mapping[int, bool]) -> Flips | None
 
 
 def recalls(results: Results) -> tuple[Recall, ...]:
-    """Return what every arm recalls of every corpus it was asked about, by release, corpus, arm and patch.
-
-    Patches of tasks that params does not name are left out.
-    """
+    """Return what every arm recalls of every corpus it was asked about, by release, corpus, arm and patch."""
     places = {task: place for place, task in enumerate(results.tasks)}
     rows = []
     for release in results.releases:
@@ -255,7 +252,7 @@ def recalls(results: Results) -> tuple[Recall, ...]:
         keys = {
             (corpus, arm, patch)
             for task, arm, patch in here.metrics
-            if arm in RECALL_ARMS and (corpus := _corpus(task)) and (patch is None or patch in places)
+            if arm in RECALL_ARMS and (corpus := _corpus(task))
         }
         order = sorted(keys, key=lambda key: (key[0], RECALL_ARMS.index(key[1]), places.get(key[2] or "", -1)))
         rows += [_recall(here, corpus, arm, patch) for corpus, arm, patch in order]

@@ -11,6 +11,7 @@ from portllm.checkpoint.adapter import patterns
 from portllm.checkpoint.adapter.patterns import MAX_CHARACTERS, TAIL, WHOLE, first_matches
 from portllm.errors import PatchError
 
+pytestmark = pytest.mark.xdist_group("timed")
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.11.mlp.up_proj", "lm_head", "q_proj", "modelXlayers.0.q"]
 PATTERNS = [
     "q_proj",

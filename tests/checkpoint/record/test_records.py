@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from portllm.checkpoint.record.card import port_card
+from portllm.checkpoint.record.provenance import versions
 from portllm.checkpoint.record.records import PatchRecord, PortRecord, Record, ReleaseRecord, Source
 from portllm.errors import CheckpointError
 
@@ -55,6 +57,22 @@ def test_anything_else_is_refused(change: dict[str, Any] | None, tmp_path: Path)
     (tmp_path / "patch.json").write_text(json.dumps([] if change is None else {**tree, **change}))
     with pytest.raises(CheckpointError, match=r"patch\.json"):
         PatchRecord.read(tmp_path)
+
+
+@pytest.mark.parametrize("record", [RECORDS[0], RECORDS[3]], ids=lambda r: r.FILE)
+def test_a_record_contains_no_commit_and_older_ones_are_read(record: Record, tmp_path: Path) -> None:
+    """The commit is in MLflow; records of earlier versions that contain it stay readable (issue 8, item 20)."""
+    record.write(tmp_path)
+    tree = json.loads((tmp_path / record.FILE).read_text())
+    assert "git_commit" not in tree
+    (tmp_path / record.FILE).write_text(json.dumps({**tree, "git_commit": "0" * 40}))
+    assert type(record).read(tmp_path) == record
+
+
+def test_versions_have_no_label_of_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same torch from another package index gives the same record (issue 8, item 20)."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.13.0+cpu" if name == "torch" else "1.0")
+    assert versions("torch") == {"portllm": "1.0", "torch": "2.13.0"}
 
 
 def test_a_directory_without_its_record_is_not_complete(tmp_path: Path) -> None:
