@@ -100,7 +100,7 @@ def _parsed(config: ModelConfig) -> PreTrainedConfig:
                 "contains; portllm runs no code from a checkpoint"
             )
         raise CheckpointError(
-            f"{config.where}: expected a model_type that transformers knows, found {kind!r}; "
+            f"{config.where}: expected a model_type that transformers contains, found {kind!r}; "
             "is transformers recent enough for this model?"
         )
     try:

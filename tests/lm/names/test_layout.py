@@ -297,7 +297,7 @@ def test_an_operation_not_followed_leaves_its_parameters_out_by_name(
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "code of its own": ({"model_type": "mine", "auto_map": {"AutoModel": "m.M"}}, "runs no code from a checkpoint"),
-    "unknown type": ({"model_type": "mine"}, "a model_type that transformers knows, found 'mine'"),
+    "unknown type": ({"model_type": "mine"}, "a model_type that transformers contains, found 'mine'"),
     "no type": ({"model_type": None}, "found None"),
     "other width": ({"intermediate_size": 28}, r"down_proj.weight is 16×28 by config.json, 16×24 in the files"),
     "grown vocabulary": ({"vocab_size": 33}, "33×16 by config.json, 32×16 in the files"),

@@ -151,7 +151,7 @@ def test_the_worlds_own_model_is_counted_as_it_is_pretrained() -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"model_type": "abacus"}, "a model_type that transformers knows"),
+        ({"model_type": "abacus"}, "a model_type that transformers contains"),
         ({"model_type": "llama", **SMALL, "num_attention_heads": 0}, "transformers builds a"),
         ({"model_type": "llama", **SMALL, "hidden_size": "many"}, "transformers builds a llama config from"),
         ({"model_type": "llama", **SMALL, "num_hidden_layers": 10**9}, "num_hidden_layers of at most"),
