@@ -1,4 +1,4 @@
-"""fetch: a real release, of the hub at one commit or of a directory, whole or not at all."""
+"""fetch: a published release, of the hub at one commit or of a directory, is complete or absent."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_hub_release_is_pinned_to_its_commit(hub: Any, published: Path, tmp_pa
     assert fetched(tmp_path / "again") == wanted(published)
 
 
-def test_the_command_says_what_comes_and_no_token(
+def test_the_command_prints_the_download_and_no_token(
     hub: Any, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
@@ -104,7 +104,7 @@ def test_the_command_says_what_comes_and_no_token(
     assert fetched(tmp_path / "v0") == wanted(published), "what was there stays"
 
 
-def test_a_directory_is_copied_whole_or_not_at_all(
+def test_a_copied_directory_is_complete_or_absent(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(published)
@@ -129,7 +129,7 @@ def test_a_directory_is_copied_whole_or_not_at_all(
     assert contents(published) == before
 
 
-def test_an_out_that_is_there_is_refused_before_anything_is_asked_of_the_hub(hub: Any, tmp_path: Path) -> None:
+def test_an_existing_out_is_refused_before_any_request(hub: Any, tmp_path: Path) -> None:
     (tmp_path / "v0").mkdir()
     (tmp_path / "v0" / "file").write_text("1")
     with pytest.raises(OutputError, match="--force"):

@@ -161,7 +161,7 @@ def _trace(
     for first, converter in gathered.converted.items():
         targets = names.targets(first, converter)
         if not targets.isdisjoint(gathered.plain):
-            opaque |= dict.fromkeys(targets, "both whole and in pieces")
+            opaque |= dict.fromkeys(targets, "both fused and in pieces")
             stored = {name: value for name, value in stored.items() if name not in targets}
             continue
         try:

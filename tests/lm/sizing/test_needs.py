@@ -1,4 +1,4 @@
-"""Estimates of memory against what autograd keeps; time and disk grow as the experiment does."""
+"""Estimates of memory are compared with what autograd keeps; time and disk grow with the experiment."""
 
 from __future__ import annotations
 
