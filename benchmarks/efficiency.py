@@ -173,11 +173,12 @@ def _portllm(folder: Path, words: list[Any]) -> Cost:
 
 def table(folder: Path, options: argparse.Namespace, trained: Cost, step_seconds: float, ported: Cost) -> str:
     """The table, and under it on what it was measured and how it was extrapolated."""
-    from portllm.lm.sizing import equipment, shapes
+    from portllm.lm.sizing import equipment, models
+    from portllm.params import FetchParams
 
     machine = equipment.inspect(ROOT)
-    shape = shapes.from_config(json.loads((folder / "v0" / "config.json").read_text(encoding="utf-8")), "v0")
-    parameters = shape.parameters if shape else 0
+    size_of_model = models.describe(str(folder / "v0"), FetchParams()).size
+    parameters = size_of_model.parameters if size_of_model else 0
     device = machine.gpus[0].name if machine.gpus else f"{machine.cores} cores of {machine.cpu}, no GPU"
     hours = PAPER_STEPS * step_seconds / 3600
     size = (

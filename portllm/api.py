@@ -391,6 +391,6 @@ def _training() -> Any:
 
 
 def _download() -> Any:
-    from portllm.lm.remote.releases import Watch
+    from portllm.lm.remote.releases import DownloadCallbacks
 
-    return Watch(on_note=_note)
+    return DownloadCallbacks(on_note=_note)

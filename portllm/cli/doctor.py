@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 from portllm import params
+from portllm.amounts import duration, size
 from portllm.cli.options import JSON, PARAMS
 from portllm.cli.running import answer
 
 if TYPE_CHECKING:
-    from portllm.lm.sizing.needs import Need
     from portllm.verbs.doctor import Diagnosis
 
 MARKS = {"ok": "ok  ", "warn": "note", "fail": "FAIL"}
@@ -27,8 +27,8 @@ MARKS = {"ok": "ok  ", "warn": "note", "fail": "FAIL"}
 def doctor(ctx: click.Context, params_file: Path | None, as_if: str | None, as_json: bool) -> None:
     """What an experiment needs, stage by stage, and whether this machine has it; exit 1 if it has not.
 
-    Disk follows from counts; memory and hours are estimates, and what they assume is printed. Without --params the
-    machine alone is looked at.
+    Disk follows from counts; memory and hours are estimates, and what they assume is printed. Hours are given only
+    where the device's pace was measured, on this machine. Without --params only the machine is inspected.
 
     \b
     Examples:
@@ -38,62 +38,60 @@ def doctor(ctx: click.Context, params_file: Path | None, as_if: str | None, as_j
     """
     from portllm.verbs import doctor as verb
 
-    found = verb.run(params=params.load(params_file) if params_file else None, as_if=as_if)
-    answer(found.as_json(), as_json=as_json, line="\n".join(_lines(found)))
-    if not found.able:
+    diagnosis = verb.run(params=params.load(params_file) if params_file else None, as_if=as_if)
+    answer(diagnosis.as_json(), as_json=as_json, line="\n".join(_lines(diagnosis)))
+    if not diagnosis.able:
         ctx.exit(1)
 
 
-def _lines(found: Diagnosis) -> Iterator[str]:
-    for name, releases in _by_model(found).items():
-        model = found.models[releases[0]]
-        known = f"{model.parameters / 1e6:,.1f} M parameters, " if model.parameters else ""
-        stored = f"{_size(model.stored_bytes)} of tensors " if model.stored_bytes else ""
-        yield f"{', '.join(releases)}: {name}: {known}{stored}({model.origin})"
-    if found.stages:
-        yield ""
-        yield f"{'stage':10}{'runs':>6}{'disk':>11}{'memory':>11}{'time':>11}"
-        yield from (_row(stage) for stage in found.stages)
-        totals = (_size(found.disk_bytes), _size(found.memory_bytes), _time(3600 * found.hours))
-        yield f"{'in all':10}{'':>6}{totals[0]:>11}{totals[1]:>11}{totals[2]:>11}"
-        yield f"to download: {_size(found.network_bytes)} of models, kept in the hub's cache (counted in all)"
-        for stage in found.stages:
-            if stage.unknown:
-                yield f"not counted in {stage.stage}, as it is not known: {', '.join(stage.unknown)}"
-        yield f"assumed: {'; '.join(found.assumptions)}"
-        yield ""
-    yield from (f"{MARKS[check.status]} {check.name}: {check.detail}" for check in found.checks)
-    yield "packages: " + ", ".join(f"{name} {version or '–'}" for name, version in found.machine.packages.items())
-    yield _verdict(found)
+def _lines(diagnosis: Diagnosis) -> Iterator[str]:
+    for name, releases in _by_model(diagnosis).items():
+        model = diagnosis.models[releases[0]]
+        counted = f"{model.size.parameters / 1e6:,.1f} M parameters, " if model.size else ""
+        stored = f"{size(model.stored_bytes)} of tensors " if model.stored_bytes else ""
+        yield f"{', '.join(releases)}: {name}: {counted}{stored}({model.origin})"
+    if diagnosis.stages:
+        yield from _table(diagnosis)
+    yield from (f"{MARKS[check.status]} {check.name}: {check.detail}" for check in diagnosis.checks)
+    yield "packages: " + ", ".join(f"{name} {version or '–'}" for name, version in diagnosis.machine.packages.items())
+    yield _verdict(diagnosis)
 
 
-def _verdict(found: Diagnosis) -> str:
-    if not found.able:
-        return "This machine has not what it takes; see FAIL above."
-    if found.stages:
-        return "This machine has what it takes."
-    why = "the size of a model is not known" if found.models else "no experiment was given (--params FILE)"
-    return f"Nothing was estimated, as {why}; nothing was found that speaks against it."
+def _table(diagnosis: Diagnosis) -> Iterator[str]:
+    seconds = None if diagnosis.hours is None else 3600 * diagnosis.hours
+    yield ""
+    yield f"{'stage':10}{'runs':>6}{'disk':>11}{'memory':>11}{'time':>11}"
+    for stage in diagnosis.stages:
+        yield _row(stage.stage, str(stage.runs), stage.disk_bytes, stage.memory_bytes, stage.seconds)
+    yield _row("in all", "", diagnosis.disk_bytes, diagnosis.memory_bytes, seconds)
+    yield f"to download: {size(diagnosis.network_bytes)} of models, kept in the hub's cache (counted in all)"
+    for stage in diagnosis.stages:
+        if stage.unknown:
+            yield f"not counted in {stage.stage}, as it is not known: {', '.join(stage.unknown)}"
+    yield f"assumed: {'; '.join(diagnosis.assumptions)}"
+    yield ""
 
 
-def _by_model(found: Diagnosis) -> dict[str, list[str]]:
+def _row(stage: str, runs: str, disk_bytes: int, memory_bytes: int, seconds: float | None) -> str:
+    cells = (
+        size(disk_bytes) if disk_bytes else "",
+        size(memory_bytes) if memory_bytes else "",
+        "–" if seconds is None else duration(seconds),
+    )
+    return f"{stage:10}{runs:>6}" + "".join(f"{cell:>11}" for cell in cells)
+
+
+def _verdict(diagnosis: Diagnosis) -> str:
+    if not diagnosis.able:
+        return "This machine cannot run the experiment; see FAIL above."
+    if diagnosis.stages:
+        return "This machine can run the experiment."
+    why = "the size of a model is not known" if diagnosis.models else "no experiment was given (--params FILE)"
+    return f"Nothing was estimated, as {why}; no check failed."
+
+
+def _by_model(diagnosis: Diagnosis) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
-    for release, model in found.models.items():
+    for release, model in diagnosis.models.items():
         groups.setdefault(model.name, []).append(release)
     return groups
-
-
-def _row(stage: Need) -> str:
-    memory = _size(stage.memory_bytes) if stage.memory_bytes else ""
-    disk = _size(stage.disk_bytes) if stage.disk_bytes else ""
-    return f"{stage.stage:10}{stage.runs:>6}{disk:>11}{memory:>11}{_time(stage.seconds):>11}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 5e7 else f"{count / 1e6:,.1f} MB"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

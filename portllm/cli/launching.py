@@ -17,8 +17,8 @@ from portllm import processes
 from portllm.cli.options import DIRECTORY
 from portllm.cli.running import follow_parent
 from portllm.errors import MachineError
-from portllm.lm.sizing import launches
-from portllm.lm.sizing.launches import ENVIRONMENT
+from portllm.lm.sizing import equipment
+from portllm.lm.sizing.equipment import ENVIRONMENT
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -57,14 +57,14 @@ def _is_launched() -> bool:
 
 
 def _processes(config: Path) -> int:
-    """Return how many processes to start (see `launches.processes`). Raises MachineError."""
+    """Return how many processes to start (see `equipment.processes`). Raises MachineError."""
 
     def gpus() -> int:
         import torch
 
         return torch.cuda.device_count()
 
-    return launches.processes(config, gpus)
+    return equipment.processes(config, gpus)
 
 
 def _launch(config: Path, count: int, words: list[str]) -> int:

@@ -129,6 +129,6 @@ def _training(running: Stage) -> Any:
 
 
 def _download(running: Stage) -> Any:
-    from portllm.lm.remote.releases import Watch
+    from portllm.lm.remote.releases import DownloadCallbacks
 
-    return Watch(on_note=running.note, on_bytes=running.bytes)
+    return DownloadCallbacks(on_note=running.note, on_bytes=running.bytes)

@@ -189,9 +189,9 @@ class Stage:
 
     def find(self, name: str) -> Path:
         """Return the directory of a checkpoint or patch; a download is announced and shows its progress."""
-        from portllm.lm.remote.releases import Watch, find
+        from portllm.lm.remote.releases import DownloadCallbacks, find
 
-        found = find(name, Watch(on_note=self.note, on_bytes=self.bytes))
+        found = find(name, DownloadCallbacks(on_note=self.note, on_bytes=self.bytes))
         self.close()
         return found
 

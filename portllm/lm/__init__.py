@@ -4,8 +4,8 @@ data/       tasks and text: the source of rows, the requests made of a model, bo
 learning/   models from scratch, continued pretraining, patches
 scoring/    the LM Evaluation Harness over one loaded base and many patches
 names/      which tensor of a checkpoint a parameter in memory is
-remote/     the hub: checkpoints and patches downloaded, ported directories uploaded
-sizing/     what an experiment needs, and what a machine has
-opening.py  the errors of loading a model, as errors of portllm
-quiet.py    no progress bars and notes of the libraries
+remote/     the hub: releases, patches and models downloaded, ported directories uploaded
+sizing/     what an experiment needs, and what this machine has
+opening.py  errors of loading a model, and tokens it lacks, as errors of portllm
+quiet.py    the libraries' notes and progress bars silenced
 """

@@ -1,4 +1,4 @@
-"""Keep the libraries' own notes and bars off the terminal: ours say what a user needs."""
+"""Silence the libraries' own notes and progress bars: portllm's own contain what a user needs."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # deprecations between transformers and peft are theirs to mend
+    # deprecations between transformers and peft, which portllm cannot fix
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|accelerate")

@@ -24,7 +24,7 @@ def run(
     source: str | None = None,
     force: bool = False,
     training: pretraining.TrainingCallbacks | None = None,
-    download: releases.Watch | None = None,
+    download: releases.DownloadCallbacks | None = None,
 ) -> ReleaseRecord:
     """Write to `out` the release of `base` trained on `corpus`/train.parquet, or the real release `source`.
 
@@ -32,7 +32,7 @@ def run(
     ParamsError, MachineError and OutputError.
     """
     if source is not None:
-        return _real(base, out, source, force, download or releases.Watch())
+        return _real(base, out, source, force, download or releases.DownloadCallbacks())
     if corpus is None:
         raise DataError("a release is trained on a corpus; pass it with --corpus DIR, or set evolve.releases.X.source")
     return _trained(base, out, params, corpus, force, training or pretraining.TrainingCallbacks())
@@ -63,12 +63,12 @@ def _trained(
     return record
 
 
-def _real(base: Path, out: Path, source: str, force: bool, watch: releases.Watch) -> ReleaseRecord:
+def _real(base: Path, out: Path, source: str, force: bool, callbacks: releases.DownloadCallbacks) -> ReleaseRecord:
     refuse(out, force=force, inputs=(base,))  # before gigabytes come
-    found = releases.find(source, watch)
+    found = releases.find(source, callbacks)
     differs = changes(base, found)
     with staged(out, force=force, inputs=(base, found)) as folder:
-        origin = releases.copy(found, folder, watch)
+        origin = releases.copy(found, folder, callbacks)
         record = ReleaseRecord(
             fingerprint=fingerprint(folder),
             base=_source(base),

@@ -1,4 +1,4 @@
-"""fetch: the first release, pretrained in the embedded world or from scratch, or copied from a directory or the hub."""
+"""fetch: make the first release, pretrained in the embedded world or from scratch, or copied from elsewhere."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ def run(
     corpus: Path | None = None,
     force: bool = False,
     training: pretraining.TrainingCallbacks | None = None,
-    download: releases.Watch | None = None,
+    download: releases.DownloadCallbacks | None = None,
 ) -> ReleaseRecord:
     """Write the release named by `params.source` to `out`.
 
-    For `world` and `scratch`, a small Llama is pretrained from scratch on `corpus`/train.parquet, and asked what the
-    world's tasks ask about (the base probe) before any patch exists; `scratch` learns its tokenizer there too.
+    For `world` and `scratch`, a small Llama is pretrained from scratch on `corpus`/train.parquet and scored on the
+    facts of the world's tasks (the base probe) before any patch exists; `scratch` trains its tokenizer there, too.
+    Any other source is a directory or `hub-id[@revision]`, which is copied.
     Raises DataError, CheckpointError, ParamsError, MachineError and OutputError.
     """
     if params.source not in (WORLD, SCRATCH):
-        return _real(out, params, force, download or releases.Watch())
+        return _real(out, params, force, download or releases.DownloadCallbacks())
     if corpus is None:
         raise DataError(f"the first release of source {params.source} is pretrained; pass its corpus with --corpus DIR")
     return _pretrained(out, params, corpus, force, training or pretraining.TrainingCallbacks())
@@ -61,15 +62,15 @@ def _pretrained(
     return record
 
 
-def _real(out: Path, params: FetchParams, force: bool, watch: releases.Watch) -> ReleaseRecord:
-    refuse(out, force=force, inputs=())  # before gigabytes come
-    found = releases.find(params.source, watch)
-    with staged(out, force=force, inputs=(found,)) as folder:
-        source = releases.copy(found, folder, watch)
+def _real(out: Path, params: FetchParams, force: bool, callbacks: releases.DownloadCallbacks) -> ReleaseRecord:
+    refuse(out, force=force, inputs=())  # before gigabytes are downloaded
+    release = releases.find(params.source, callbacks)
+    with staged(out, force=force, inputs=(release,)) as folder:
+        source = releases.copy(release, folder, callbacks)
         record = ReleaseRecord(
             fingerprint=fingerprint(folder),
             source=source,
-            # a directory's name may be this machine's own
+            # a directory's name has a meaning on this machine only
             params={"source": params.source} if hub.is_hub_id(params.source) else {},
             versions=versions("huggingface_hub"),
         )

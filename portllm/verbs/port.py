@@ -27,7 +27,7 @@ from portllm.checkpoint.record.records import PortRecord, Source
 from portllm.checkpoint.writing.ported import under, write_merged
 from portllm.checkpoint.writing.writer import Job, Meter, copy_file, write_files, write_subset
 from portllm.errors import ParamsError, PatchError, UnsupportedPatchError
-from portllm.lm.names.naming import layout_of, old_base
+from portllm.lm.names.layout import layout_of, old_base
 from portllm.params import PortParams
 
 Progress = Callable[[int, int], None]

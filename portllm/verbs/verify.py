@@ -30,7 +30,7 @@ from portllm.checkpoint.verification.manifest import Manifest
 from portllm.checkpoint.verification.proof import Making, Proof, Sample, fitting
 from portllm.checkpoint.writing.writer import Meter
 from portllm.errors import ParamsError, VerificationError
-from portllm.lm.names.naming import layout_of, old_base
+from portllm.lm.names.layout import layout_of, old_base
 
 Progress = Callable[[int, int], None]
 

@@ -115,7 +115,7 @@ def test_one_command_runs_all_of_a_profile_and_leaves_the_project_alone(tiny: An
     before = {name: (tiny.folder / name).read_bytes() for name in ("params.yaml", "dvc.yaml")}
     done = make(tiny, "repro", "PROFILE=tiny")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "This machine has what it takes." in done.stdout
+    assert "This machine can run the experiment." in done.stdout
 
     there = tiny.folder / "workspaces" / "tiny"
     ported = there / "models" / "ported" / "alpaca" / "gsm8k"

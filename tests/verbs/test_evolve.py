@@ -108,7 +108,7 @@ def test_a_real_release_of_the_hub_and_a_patch_carried_onto_it(
         for name, rows in (("q_proj", 16), ("v_proj", 8))
     }
     patch = make_patch(tmp_path / "patch", pairs, target_modules=["q_proj", "v_proj"])
-    portllm.port(patch, onto=out, source=old, out=tmp_path / "ported")
+    portllm.port(patch, onto=out, from_=old, out=tmp_path / "ported")
     ids = torch.arange(250, 273)[None]
     with torch.no_grad():
         unmerged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(out), patch)(input_ids=ids).logits

@@ -1,4 +1,4 @@
-"""fetch: a real release, of the hub at one commit or of a directory, whole or not at all."""
+"""fetch: a published release, of the hub at one commit or of a directory, is complete or absent."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from portllm.amounts import size
 from portllm.checkpoint.files import copying, output
 from portllm.checkpoint.files.hashing import fingerprint
 from portllm.checkpoint.record.records import ReleaseRecord
 from portllm.cli import main
 from portllm.errors import CheckpointError, OutputError
-from portllm.lm.remote.releases import Watch
+from portllm.lm.remote.releases import DownloadCallbacks
 from portllm.params import FetchParams
 from portllm.verbs import fetch
 
@@ -55,9 +56,9 @@ def test_a_hub_release_is_pinned_to_its_commit(hub: Any, published: Path, tmp_pa
     commit = hub.add(REPO, contents(published))
     out = tmp_path / "v0"
     notes: list[str] = []
-    heard: list[tuple[int, int]] = []
-    watch = Watch(on_note=notes.append, on_bytes=lambda *done: heard.append(done))
-    record = fetch.run(out=out, params=FetchParams(source=REPO), download=watch)
+    progress: list[tuple[int, int]] = []
+    callbacks = DownloadCallbacks(on_note=notes.append, on_bytes=lambda *counts: progress.append(counts))
+    record = fetch.run(out=out, params=FetchParams(source=REPO), download=callbacks)
     assert fetched(out) == wanted(published)
     assert record == ReleaseRecord.read(out)
     assert record.source is not None
@@ -66,19 +67,19 @@ def test_a_hub_release_is_pinned_to_its_commit(hub: Any, published: Path, tmp_pa
     assert (record.base, dict(record.params)) == (None, {"source": REPO})
     total = sum(map(len, wanted(published).values()))
     (note,) = notes
-    assert note.startswith(f"{REPO} at {commit[:12]}: 5 files, {total / 1e3:.2f} kB; ")
+    assert note.startswith(f"{REPO} at {commit[:12]}: 5 files, {size(total)}; ")
     assert note.endswith("GB free on the disk of the hub's cache")
-    assert heard[-1] == (total, total)
-    again = Watch(on_note=notes.append)
+    assert progress[-1] == (total, total)
+    again = DownloadCallbacks(on_note=notes.append)
     fetch.run(out=out, params=FetchParams(source=REPO), download=again, force=True)
-    assert f"{total / 1e3:.2f} kB, all of it here already; " in notes[-1]
+    assert f"{size(total)}, all of it available already; " in notes[-1]
     # the branch moves on, the commit does not
     hub.add(REPO, {**contents(published), "tokenizer.json": b'{"new": 1}'})
     fetch.run(out=tmp_path / "again", params=FetchParams(source=f"{REPO}@{commit}"))
     assert fetched(tmp_path / "again") == wanted(published)
 
 
-def test_the_command_says_what_comes_and_no_token(
+def test_the_command_prints_the_download_and_no_token(
     hub: Any, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
@@ -96,14 +97,14 @@ def test_the_command_says_what_comes_and_no_token(
     assert failed.exit_code == 1
     last = failed.stderr.splitlines()[-1]
     assert last == (
-        f"Error: {REPO}: gated, and this token's account is not let in; ask for access at {hub.url}/{REPO}, "
+        f"Error: {REPO}: gated, and this token's account has no access; request it at {hub.url}/{REPO}, "
         "or use another token"
     )
     assert os.environ["HF_TOKEN"] not in done.output + failed.output
     assert fetched(tmp_path / "v0") == wanted(published), "what was there stays"
 
 
-def test_a_directory_is_copied_whole_or_not_at_all(
+def test_a_copied_directory_is_complete_or_absent(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(published)
@@ -128,7 +129,7 @@ def test_a_directory_is_copied_whole_or_not_at_all(
     assert contents(published) == before
 
 
-def test_an_out_that_is_there_is_refused_before_anything_is_asked_of_the_hub(hub: Any, tmp_path: Path) -> None:
+def test_an_existing_out_is_refused_before_any_request(hub: Any, tmp_path: Path) -> None:
     (tmp_path / "v0").mkdir()
     (tmp_path / "v0" / "file").write_text("1")
     with pytest.raises(OutputError, match="--force"):
@@ -149,16 +150,16 @@ def test_every_way_of_copying_gives_the_same_bytes(
 
         monkeypatch.setattr("os.copy_file_range", refuse)
     monkeypatch.setattr(copying, "PIECE_BYTES", 100)
-    heard: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     out = tmp_path / "out"
     out.mkdir()
     link = tmp_path / "snapshot"
     link.mkdir()
     for path in published.iterdir():
         (link / path.name).symlink_to(path)  # as a hub cache has it
-    copying.copy_checkpoint(link, out, lambda *done: heard.append(done))
+    copying.copy_checkpoint(link, out, lambda *counts: progress.append(counts))
     assert contents(out) == wanted(published)
     assert not any(path.is_symlink() for path in out.iterdir())
     total = sum(map(len, wanted(published).values()))
-    assert heard[-1] == (total, total)
-    assert [done for done, _ in heard] == sorted(done for done, _ in heard)
+    assert progress[-1] == (total, total)
+    assert [done for done, _ in progress] == sorted(done for done, _ in progress)

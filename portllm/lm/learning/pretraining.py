@@ -21,7 +21,7 @@ from portllm.lm.data.encoding import pack, read_texts
 from portllm.lm.data.tables import read_rows
 from portllm.lm.learning import loading, training
 from portllm.lm.learning.snapshots import training_key
-from portllm.lm.names.naming import layout_of
+from portllm.lm.names.layout import layout_of
 from portllm.lm.quiet import quieten
 from portllm.params import EvolveParams, FetchParams, OptimParams, as_tree
 

@@ -1,7 +1,7 @@
-"""Where a model's parameters are on disk, asked of transformers: its own renamings and conversions, run on shapes.
+"""Find where a model's parameters are on disk, by look-up or by transformers' own renamings and conversions.
 
-Nothing is loaded: the model is built without weights, and each conversion is followed on the shapes in the headers
-(`portllm.lm.names.tracing`), in the order in which transformers loads a checkpoint.
+No weights are loaded: the model is built on the meta device, and each conversion is followed on the shapes in the
+headers (`portllm.lm.names.tracing`), in the order in which transformers loads a checkpoint.
 """
 
 from __future__ import annotations
@@ -9,28 +9,55 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portllm.checkpoint.base.checkpoint import Checkpoint, equal_values
-from portllm.checkpoint.base.layout import Kind, Layout, Module, Part, whole
+from portllm.checkpoint.base.layout import PLAIN, Kind, Layout, Module, Part, plain, whole
+from portllm.checkpoint.planning.initialisation import Old
 from portllm.errors import CheckpointError
-from portllm.lm.names.building import meta_model
+from portllm.lm.names.building import ModelConfig, meta_model
 from portllm.lm.names.tracing import Traced
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-Shape = tuple[int, ...]
+Dimensions = tuple[int, ...]
+
+
+def layout_of(base: Checkpoint) -> Layout:
+    """Return the layout of `base`; only families that are not plain cost the import of transformers (seconds).
+
+    Nothing renames a model with code of its own, which portllm does not run, and of a type that transformers lacks:
+    its names on disk are those in memory, and config.json says which weights are tied. Raises CheckpointError.
+    """
+    kind = base.config.get("model_type")
+    if kind in PLAIN:
+        return plain(base)
+    if base.config.get("auto_map"):
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        if kind not in CONFIG_MAPPING:
+            return plain(base)
+    return built(base)
+
+
+def old_base(path: Path | None) -> Old | None:
+    """Return the base that a patch was trained on, where it is available. Raises CheckpointError."""
+    if path is None:
+        return None
+    base = Checkpoint.open(path)
+    return Old(base, layout_of(base))
 
 
 def built(base: Checkpoint, task_type: str | None = None, num_labels: int | None = None) -> Layout:
-    """The layout of `base` as transformers loads it. Reads headers only, but for two stored copies of a tied weight.
+    """Return the layout of `base` as transformers loads it, from headers and, at most, two copies of a tied weight.
 
     `task_type` is PEFT's: SEQ_CLS gives the sequence-classification model on this base, its head `num_labels` wide.
-    Raises CheckpointError when config.json describes no model transformers knows, or other shapes than the files have.
+    Raises CheckpointError when config.json describes no model of transformers, or other shapes than the files have.
     """
-    model = meta_model(base, task_type, num_labels)
+    model = meta_model(ModelConfig.of(base), task_type, num_labels)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     names = _Names.of(model, shapes)
     parts, opaque = _trace(base, model, names)
@@ -47,15 +74,15 @@ def built(base: Checkpoint, task_type: str | None = None, num_labels: int | None
 
 @dataclass(frozen=True)
 class _Names:
-    """transformers' rules from names on disk to names in memory. They remember what they saw: names go in its order."""
+    """transformers' rules from names on disk to names in memory. Rules have state, so names pass in its order."""
 
-    shapes: Mapping[str, Shape]
+    shapes: Mapping[str, Dimensions]
     prefix: str
     renamings: list[Any]
     converters: list[Any]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, shapes: Mapping[str, Shape]) -> _Names:
+    def of(cls, model: PreTrainedModel, shapes: Mapping[str, Dimensions]) -> _Names:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
@@ -68,7 +95,7 @@ class _Names:
         )
 
     def in_memory(self, disk: str) -> tuple[str, str | None]:
-        """The parameter a tensor goes to and, where it goes through a conversion, the pattern it answers to there."""
+        """Return the parameter of a tensor and, where a conversion makes it, the pattern that the tensor matches."""
         from transformers.core_model_loading import rename_source_key
 
         renamings, converters = self.renamings, self.converters
@@ -78,20 +105,20 @@ class _Names:
         return str(name), pattern
 
     def converter(self, pattern: str) -> Any:
-        """A fresh copy of the conversion that `pattern` belongs to."""
+        """Return a new copy of the conversion that `pattern` belongs to."""
         return copy.deepcopy(next(rule for rule in reversed(self.converters) if pattern in rule.source_patterns))
 
     def targets(self, first: str, converter: Any) -> set[str]:
-        """All the parameters a conversion makes, given the first."""
+        """Return all parameters that a conversion makes, given the first."""
         patterns = converter.target_patterns
         return {first.replace(patterns[0], target) for target in patterns} & self.shapes.keys() | {first}
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """A parameter as its parts on disk give it."""
+class _StoredParameter:
+    """The shape of a parameter and its parts on disk."""
 
-    shape: Shape
+    shape: Dimensions
     parts: tuple[Part, ...]
 
 
@@ -104,53 +131,58 @@ class _Gathered:
 
 
 def _gather(base: Checkpoint, names: _Names) -> _Gathered:
-    """What convert_and_load_state_dict_in_model collects; of two tensors of one name the first is the one loaded."""
+    """Collect what convert_and_load_state_dict_in_model does; of two tensors of one name it loads the first."""
     from transformers.core_model_loading import dot_natural_key
 
-    found = _Gathered()
+    gathered = _Gathered()
     for disk in sorted(base.where, key=dot_natural_key):
         parameter, pattern = names.in_memory(disk)
         if parameter not in names.shapes:
             continue
         if pattern is None:
-            found.plain.setdefault(parameter, disk)
+            gathered.plain.setdefault(parameter, disk)
             continue
-        if parameter not in found.converted:
-            found.converted[parameter] = names.converter(pattern)
-        found.converted[parameter].add_tensor(parameter, disk, pattern, Traced.whole(disk, base.shape(disk)))
-    return found
+        if parameter not in gathered.converted:
+            gathered.converted[parameter] = names.converter(pattern)
+        gathered.converted[parameter].add_tensor(parameter, disk, pattern, Traced.whole(disk, base.shape(disk)))
+    return gathered
 
 
-def _trace(base: Checkpoint, model: PreTrainedModel, names: _Names) -> tuple[dict[str, _Stored], dict[str, str]]:
-    """Each stored parameter with its parts, and those stored in a way that has no parts, with the reason."""
-    found = _gather(base, names)
-    stored = {name: _Stored(base.shape(disk), (whole(disk, base.shape(disk)),)) for name, disk in found.plain.items()}
+def _trace(
+    base: Checkpoint, model: PreTrainedModel, names: _Names
+) -> tuple[dict[str, _StoredParameter], dict[str, str]]:
+    """Return each stored parameter with its parts, and those stored in a way that has no parts, with the reason."""
+    gathered = _gather(base, names)
+    stored = {
+        name: _StoredParameter(base.shape(disk), (whole(disk, base.shape(disk)),))
+        for name, disk in gathered.plain.items()
+    }
     opaque: dict[str, str] = {}
-    for first, converter in found.converted.items():
+    for first, converter in gathered.converted.items():
         targets = names.targets(first, converter)
-        if not targets.isdisjoint(found.plain):
-            opaque |= dict.fromkeys(targets, "both whole and in pieces")
+        if not targets.isdisjoint(gathered.plain):
+            opaque |= dict.fromkeys(targets, "both fused and in pieces")
             stored = {name: value for name, value in stored.items() if name not in targets}
             continue
         try:
             values = converter.convert(first, model=model, config=model.config)
             traced = {name: _only(value) for name, value in values.items() if name in names.shapes}
-            stored |= {name: _Stored(value.shape, value.parts()) for name, value in traced.items()}
-        except Exception:  # an operation may fail in any way on tensors that are not there
+            stored |= {name: _StoredParameter(value.shape, value.parts()) for name, value in traced.items()}
+        except Exception:  # an operation may raise anything on tensors without values
             reason = " and ".join(type(operation).__name__ for operation in converter.operations)
             opaque |= dict.fromkeys(targets, f"through {reason}")
     return stored, opaque
 
 
 def _only(value: Any) -> Traced:
-    """The array a conversion gives, alone or as a list of one. Raises TypeError."""
+    """Return the array that a conversion gives, alone or as a list of one. Raises TypeError."""
     array = value[0] if isinstance(value, list) else value
     if not isinstance(array, Traced):
         raise TypeError(f"expected a traced array, found {type(array).__name__}")
     return array
 
 
-def _check_shapes(base: Checkpoint, shapes: Mapping[str, Shape], stored: Mapping[str, _Stored]) -> None:
+def _check_shapes(base: Checkpoint, shapes: Mapping[str, Dimensions], stored: Mapping[str, _StoredParameter]) -> None:
     for name, value in stored.items():
         if value.shape != shapes[name]:
             disk = ", ".join(dict.fromkeys(part.tensor for part in value.parts[:2]))
@@ -160,8 +192,8 @@ def _check_shapes(base: Checkpoint, shapes: Mapping[str, Shape], stored: Mapping
             )
 
 
-def _modules(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> dict[str, Module]:
-    """Every module with parameters or stored buffers of its own: PEFT saves both where it trains or replaces one."""
+def _modules(model: PreTrainedModel, shapes: Mapping[str, Dimensions]) -> dict[str, Module]:
+    """Return every module with parameters or stored buffers: PEFT saves both where it trains or replaces a module."""
     modules: dict[str, Module] = {}
     for name, module in model.named_modules():
         own = [key for keys in (module._parameters, module._buffers) for key in keys]
@@ -182,11 +214,12 @@ def _kind(module: nn.Module) -> Kind:
 
 
 def _tied(
-    base: Checkpoint, model: PreTrainedModel, stored: Mapping[str, _Stored], opaque: Mapping[str, str]
+    base: Checkpoint, model: PreTrainedModel, stored: Mapping[str, _StoredParameter], opaque: Mapping[str, str]
 ) -> dict[str, str]:
-    """Parameters that transformers makes one on loading: each to the one of them that is on disk.
+    """Map each parameter that transformers ties on loading to the one of its group that is on disk.
 
-    As `tie_weights` does it: the one the class names if it is on disk, else the first that is; two on disk if equal.
+    Chosen as `tie_weights` does: the one that the class names if it is on disk, else the first that is. Two on disk
+    are tied where they are equal.
     """
     groups: dict[str, list[str]] = {}
     for target, source in model.all_tied_weights_keys.items():
@@ -201,8 +234,8 @@ def _tied(
     return tied
 
 
-def _equal(base: Checkpoint, one: _Stored | None, other: _Stored | None) -> bool:
-    """Whether two parameters hold the same numbers, where each is one tensor on disk; else they stay two."""
+def _equal(base: Checkpoint, one: _StoredParameter | None, other: _StoredParameter | None) -> bool:
+    """Return whether two parameters, each one tensor on disk, contain the same numbers."""
     if one is None or other is None or len(one.parts) != 1 or len(other.parts) != 1:
         return False
     left, right = one.parts[0], other.parts[0]
@@ -211,31 +244,31 @@ def _equal(base: Checkpoint, one: _Stored | None, other: _Stored | None) -> bool
 
 
 def _absent(model: PreTrainedModel, names: _Names, absent: Iterable[str]) -> dict[str, str]:
-    """For parameters not on disk, the name there under which transformers would find them.
+    """Return, for each parameter not on disk, the name under which transformers would find it there.
 
-    A tied weight gets the name save_pretrained gives it in a new model, where transformers would find it so.
+    A tied weight gets the name that save_pretrained gives it in a new model, where transformers finds that name.
     """
-    found: dict[str, str] = {}
+    names_on_disk: dict[str, str] = {}
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     for parameter in sorted(absent):
         candidates = [_saved_name(model, parameter)] if parameter in tied else []
         for name in (*candidates, parameter):
             if name is not None and names.in_memory(name) == (parameter, None):
-                found[parameter] = name
+                names_on_disk[parameter] = name
                 break
-    return found
+    return names_on_disk
 
 
 def _saved_name(model: PreTrainedModel, parameter: str) -> str | None:
-    """What save_pretrained calls a parameter; None if it is not one tensor there."""
+    """Return the name that save_pretrained gives a parameter; None if it is not one tensor there."""
     from transformers.core_model_loading import revert_weight_conversion
 
     try:
         saved = revert_weight_conversion(model, {parameter: model.get_parameter_or_buffer(parameter)})
-    except Exception:  # a rule that cannot be turned round
+    except Exception:  # a rule without an inverse
         return None
     return next(iter(saved)) if len(saved) == 1 else None
 
 
-def _times(shape: Shape) -> str:
+def _times(shape: Dimensions) -> str:
     return "×".join(map(str, shape)) or "a single number"

@@ -1,9 +1,9 @@
-"""Tensors that are not there: what transformers' conversions do to a checkpoint, followed from shapes alone.
+"""Follow what transformers' conversions do to a checkpoint on shapes alone, without the tensors.
 
 transformers loads some checkpoints through a chain of operations (stack the experts, concatenate gate and up, …).
-Those run here unchanged, on `Traced` objects that know where each of their blocks is on disk. Only the torch functions
-below are known, so an operation that does anything else (reshape, arithmetic, a look at values) ends in an error,
-never in a guess.
+Those run here unchanged, on `Traced` objects that record where each of their blocks is on disk. Only the torch
+functions below are followed, so an operation that does anything else (reshape, arithmetic, reading values) raises an
+error instead of a guess.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Span = tuple[int, int]
 
 
 class UntraceableError(Exception):
-    """An operation that cannot be told as blocks of tensors on disk."""
+    """An operation whose result is not blocks of tensors on disk."""
 
 
 @dataclass(frozen=True)
-class Block:
+class TracedBlock:
     """A block of an array: `at` in the array, `of` in `tensor`; axes[i] is the axis of the tensor that array axis i is.
 
     An axis made by stacking is None in `axes`, and `at` is one wide there.
@@ -34,13 +34,13 @@ class Block:
     of: tuple[Span, ...]
     axes: tuple[int | None, ...]
 
-    def shifted(self, dim: int, by: int) -> Block:
-        """The same block, `by` further along axis `dim` of the array."""
+    def shifted(self, dim: int, by: int) -> TracedBlock:
+        """Return the same block, `by` further along axis `dim` of the array."""
         start, stop = self.at[dim]
-        return Block(self.tensor, _with(self.at, dim, (start + by, stop + by)), self.of, self.axes)
+        return TracedBlock(self.tensor, _with(self.at, dim, (start + by, stop + by)), self.of, self.axes)
 
-    def within(self, dim: int, span: Span) -> Block | None:
-        """What of the block is inside `span` of axis `dim`, or None. Positions stay the array's."""
+    def within(self, dim: int, span: Span) -> TracedBlock | None:
+        """Return what of the block is inside `span` of axis `dim`, or None. Positions stay the array's."""
         start, stop = self.at[dim]
         first, last = max(start, span[0]), min(stop, span[1])
         if first >= last:
@@ -49,10 +49,10 @@ class Block:
         if axis is not None:
             offset = of[axis][0] - start
             of = _with(of, axis, (first + offset, last + offset))
-        return Block(self.tensor, _with(self.at, dim, (first, last)), of, self.axes)
+        return TracedBlock(self.tensor, _with(self.at, dim, (first, last)), of, self.axes)
 
     def part(self) -> Part:
-        """The block as a layout tells it. Raises UntraceableError when more than the last two axes are swapped."""
+        """Return the block as a layout's Part. Raises UntraceableError when more than the last two axes are swapped."""
         order = [axis for axis in self.axes if axis is not None]
         plain = list(range(len(self.of)))
         if order not in (plain, swapped := [*plain[:-2], *plain[:-3:-1]]):
@@ -64,15 +64,15 @@ class Block:
 class Traced:
     """An array whose elements are on disk: its shape, and the blocks that cover each element once."""
 
-    def __init__(self, shape: Sequence[int], blocks: Sequence[Block]) -> None:
+    def __init__(self, shape: Sequence[int], blocks: Sequence[TracedBlock]) -> None:
         self.shape = tuple(shape)
         self.blocks = tuple(blocks)
 
     @classmethod
     def whole(cls, tensor: str, shape: Sequence[int]) -> Traced:
-        """A tensor on disk as it is."""
+        """Return a tensor on disk as it is."""
         spans = tuple((0, n) for n in shape)
-        return cls(shape, (Block(tensor, spans, spans, tuple(range(len(spans)))),))
+        return cls(shape, (TracedBlock(tensor, spans, spans, tuple(range(len(spans)))),))
 
     @classmethod
     def __torch_function__(
@@ -82,7 +82,7 @@ class Traced:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """torch calls this where a function of its own is given a Traced. Raises UntraceableError for most of them."""
+        """Run one of FUNCTIONS where torch receives a Traced. Raises UntraceableError for any other function."""
         import torch
 
         name = getattr(function, "__name__", "")
@@ -92,39 +92,39 @@ class Traced:
 
     @property
     def ndim(self) -> int:
-        """Number of axes."""
+        """Return the number of axes."""
         return len(self.shape)
 
     def size(self, dim: int) -> int:
-        """Length of axis `dim`."""
+        """Return the length of axis `dim`."""
         return self.shape[dim]
 
     def contiguous(self) -> Traced:
-        """Itself: how memory lies does not matter on disk."""
+        """Return itself: the order in memory has no meaning on disk."""
         return self
 
     def squeeze(self, dim: int) -> Traced:
-        """Without axis `dim`, one long and made by stacking. Raises UntraceableError when it is an axis on disk."""
+        """Drop axis `dim` of length 1, made by stacking. Raises UntraceableError when it is an axis on disk."""
         dim %= self.ndim
         if self.shape[dim] != 1:
             return self
         if any(block.axes[dim] is not None for block in self.blocks):
             raise UntraceableError("squeeze")
-        blocks = [Block(b.tensor, _without(b.at, dim), b.of, _without(b.axes, dim)) for b in self.blocks]
+        blocks = [TracedBlock(b.tensor, _without(b.at, dim), b.of, _without(b.axes, dim)) for b in self.blocks]
         return Traced(_without(self.shape, dim), blocks)
 
     def narrow(self, dim: int, span: Span) -> Traced:
-        """Rows [start, stop) of axis `dim`."""
+        """Return rows [start, stop) of axis `dim`."""
         kept = [part.shifted(dim, -span[0]) for block in self.blocks if (part := block.within(dim, span))]
         return Traced(_with(self.shape, dim, span[1] - span[0]), kept)
 
     def parts(self) -> tuple[Part, ...]:
-        """Where it is on disk. Raises UntraceableError."""
+        """Return where it is on disk. Raises UntraceableError."""
         return tuple(block.part() for block in self.blocks)
 
 
 def _chunk(tensor: Traced, chunks: int, dim: int = 0) -> tuple[Traced, ...]:
-    """As torch.chunk: pieces of the same length, the last may be shorter."""
+    """Split as torch.chunk does: into pieces of the same length, the last may be shorter."""
     return _split(tensor, math.ceil(tensor.shape[dim] / chunks), dim)
 
 
@@ -143,7 +143,7 @@ def _cat(tensors: Sequence[Traced], dim: int = 0) -> Traced:
     dim %= tensors[0].ndim
     if len({_without(tensor.shape, dim) for tensor in tensors}) != 1:
         raise UntraceableError("cat")
-    blocks: list[Block] = []
+    blocks: list[TracedBlock] = []
     length = 0
     for tensor in tensors:
         blocks += [block.shifted(dim, length) for block in tensor.blocks]
@@ -156,7 +156,7 @@ def _stack(tensors: Sequence[Traced], dim: int = 0) -> Traced:
     if len({tensor.shape for tensor in tensors}) != 1:
         raise UntraceableError("stack")
     blocks = [
-        Block(b.tensor, _insert(b.at, dim, (i, i + 1)), b.of, _insert(b.axes, dim, None))
+        TracedBlock(b.tensor, _insert(b.at, dim, (i, i + 1)), b.of, _insert(b.axes, dim, None))
         for i, tensor in enumerate(tensors)
         for b in tensor.blocks
     ]
@@ -167,12 +167,13 @@ def _transpose(tensor: Traced, dim0: int, dim1: int) -> Traced:
     order = list(range(tensor.ndim))
     order[dim0], order[dim1] = order[dim1], order[dim0]
     blocks = [
-        Block(b.tensor, tuple(b.at[i] for i in order), b.of, tuple(b.axes[i] for i in order)) for b in tensor.blocks
+        TracedBlock(b.tensor, tuple(b.at[i] for i in order), b.of, tuple(b.axes[i] for i in order))
+        for b in tensor.blocks
     ]
     return Traced([tensor.shape[i] for i in order], blocks)
 
 
-# torch's functions by their names: all that is followed
+# the torch functions that are followed, by name
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "chunk": _chunk, "split": _split, "cat": _cat, "stack": _stack, "transpose": _transpose,
 }  # fmt: skip

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from portllm.amounts import size
 from portllm.checkpoint.files.hashing import file_digest
 from portllm.errors import CheckpointError, OutputError
 
@@ -68,8 +69,8 @@ class Download:
         needed = self.nbytes - self.present
         if needed and needed + MARGIN_BYTES > self.free:
             raise OutputError(
-                f"{self.repo}: {needed / 1e9:.2f} GB are to be downloaded, the disk of the hub's cache has "
-                f"{self.free / 1e9:.2f} GB free; free some space, or put the cache elsewhere (HF_HOME)"
+                f"{self.repo}: {size(needed)} are to be downloaded, the disk of the hub's cache has "
+                f"{size(self.free)} free; free some space, or put the cache elsewhere (HF_HOME)"
             )
 
     def run(self, on_progress: Progress | None = None) -> Path:
@@ -120,12 +121,17 @@ class Download:
         from huggingface_hub import snapshot_download
 
         if self.revision != self.commit and ".." not in (self.revision or ""):
-            snapshot_download(self.repo, revision=self.revision, allow_patterns=[])
+            snapshot_download(self.repo, revision=self.revision, allow_patterns=[], tqdm_class=no_bars())
 
 
 def exactly(names: Iterable[str]) -> list[str]:
     """Return patterns that match these names and no others."""
     return [glob.escape(name) for name in names]
+
+
+def no_bars() -> type[Any]:
+    """Return a class of bars for huggingface_hub that draws nothing."""
+    return _counter(0, 0, lambda _present, _total: None)
 
 
 def _counter(present: int, total: int, on_progress: Progress) -> type[Any]:

@@ -1,4 +1,4 @@
-"""Where BASE, PATCH and MODEL come from: a local directory, or `hub-id[@revision]` at a pinned commit."""
+"""Resolve BASE, PATCH and MODEL: a local directory, or `hub-id[@revision]` at a pinned commit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 ADAPTER = "adapter_model.safetensors"
 # pickled weights are never downloaded
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
-# what a model loads from beside its weights; what else a repository holds (original/, gguf, onnx) stays there
+# what a model loads in addition to its weights; other files of a repository (original/, gguf, onnx) stay there
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.md")
 NOT_COMPANIONS = ("consolidated*", "*.index.json")
 TEMPLATES = "additional_chat_templates/"
@@ -37,18 +37,19 @@ def resolve(
     on_plan: Callable[[Download], None] | None = None,
     on_progress: Progress | None = None,
 ) -> Path:
-    """The directory `name` stands for: itself when it exists, else a snapshot of the hub repository at one commit.
+    """Return the directory that `name` stands for: itself, or a snapshot of the hub's repository at one commit.
 
-    A snapshot has what a model or an adapter loads from; `whole`: every file that is not pickled. `on_plan` is told
-    what will be downloaded, before it is; `on_progress(bytes done, bytes in all)` how far it is. Without the hub, the
-    cache answers. Raises CheckpointError when `name` is neither, or the hub refuses, OutputError when the disk is full.
+    A snapshot has the files that a model or an adapter loads; with `whole`, every file that is not pickled. `on_plan`
+    receives the download before it starts, `on_progress` (bytes present, bytes in all). Where the hub cannot be
+    reached, the cache is used. Raises CheckpointError when `name` is neither or the hub refuses, OutputError when the
+    disk is too small.
     """
     path = Path(name)
     try:
-        found = path.is_dir()
+        is_directory = path.is_dir()
     except OSError as error:
-        raise CheckpointError(f"{name}: cannot be looked at ({error.strerror}); check the path") from error
-    if found and name != "":
+        raise CheckpointError(f"{name}: cannot be read ({error.strerror}); check the path") from error
+    if is_directory and name != "":
         return path
     match = HUB_ID.fullmatch(str(name))
     if match is None or path.is_absolute() or str(name).startswith("."):
@@ -56,11 +57,11 @@ def resolve(
             f"{name or repr(name)}: no such directory; expected a checkpoint or patch directory, or a hub id"
             f"{did_you_mean_path(path) if name else ''}"
         )
-    asked = Asked(str(name), match["repo"], match["revision"], whole)
-    with asked.reasons():
-        download = asked.plan()
+    request = HubRequest(str(name), match["repo"], match["revision"], whole)
+    with request.reasons():
+        download = request.plan()
         if download is None:
-            return asked.cached()
+            return request.cached()
         if on_plan is not None:
             on_plan(download)
         download.check_room()
@@ -68,13 +69,13 @@ def resolve(
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` is no directory here, and can be a repository of the hub."""
+    """Return whether `name` is no local directory and can be a repository of the hub."""
     return not Path(name).is_dir() and not Path(name).is_absolute() and HUB_ID.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A repository of the hub, as the user named it."""
+class HubRequest:
+    """A repository of the hub, as the user named it, and whether all its files are requested (`whole`)."""
 
     name: str
     repo: str
@@ -82,7 +83,7 @@ class Asked:
     whole: bool
 
     def plan(self) -> Download | None:
-        """The files to bring, at the commit the revision stands for now; None when the hub is out of reach."""
+        """Return the files to download, at the revision's commit of now; None when the hub cannot be reached."""
         from huggingface_hub.errors import OfflineModeIsEnabled
 
         from portllm.lm.remote.downloading import Download, RemoteFile
@@ -109,34 +110,36 @@ class Asked:
         """Return the files that huggingface_hub would download, by its dry run."""
         from huggingface_hub import snapshot_download
 
-        from portllm.lm.remote.downloading import exactly, quiet
+        from portllm.lm.remote.downloading import exactly, no_bars, quiet
 
         with quiet():
-            files = snapshot_download(self.repo, revision=commit, allow_patterns=exactly(names), dry_run=True)
+            files = snapshot_download(
+                self.repo, revision=commit, allow_patterns=exactly(names), dry_run=True, tqdm_class=no_bars()
+            )  # fmt: skip
         return frozenset(file.filename for file in files if file.will_download)
 
     def cached(self) -> Path:
-        """What the hub's cache has of it. Raises what the library does where it has not all."""
-        found = self._in_cache()
-        if found is None:
+        """Return the complete snapshot in the hub's cache. Raises OfflineModeIsEnabled where there is none."""
+        folder = self._in_cache()
+        if folder is None:
             from huggingface_hub.errors import OfflineModeIsEnabled
 
             raise OfflineModeIsEnabled
-        return found
+        return folder
 
     def _in_cache(self) -> Path | None:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
-        # of a whole repository, the library knows what it holds from when it was downloaded
+        # the library recorded all files of a repository when it was downloaded, and checks that they are present
         try:
-            found = snapshot_download(
+            snapshot = snapshot_download(
                 self.repo, revision=self.revision, local_files_only=True,
                 allow_patterns=None if self.whole else [], ignore_patterns=list(PICKLES),
             )  # fmt: skip
         except LocalEntryNotFoundError:
             return None
-        folder = Path(found)
+        folder = Path(snapshot)
         return folder if _complete(folder) else None
 
     def _chosen(self, names: Sequence[str], commit: str) -> list[str]:
@@ -150,7 +153,7 @@ class Asked:
         return sorted({*weights, *(name for name in names if _is_companion(name))})
 
     def _weights(self, names: Sequence[str], commit: str) -> list[str]:
-        """The safetensors a model is loaded from, or an adapter's. Raises CheckpointError where there are none."""
+        """Return the safetensors that a model or an adapter loads. Raises CheckpointError where there are none."""
         if ADAPTER in names and SINGLE not in names and INDEX not in names:
             return [ADAPTER]
         if INDEX not in names:
@@ -172,9 +175,9 @@ class Asked:
     def _no_safetensors(self, names: Sequence[str], commit: str) -> CheckpointError:
         pickles = [name for name in names if _like(name, PICKLES)]
         if not pickles:
-            found = ", ".join(names[:3]) or "no files"
+            first = ", ".join(names[:3]) or "no files"
             return CheckpointError(
-                f"{self.name}: holds no safetensors that a model loads from, found {found}; is it a model's repository?"
+                f"{self.name}: expected safetensors that a model loads from, found {first}; is it a model's repository?"
             )
         code = (
             "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
@@ -184,24 +187,26 @@ class Asked:
         )
         command = shlex.join(["python", "-c", code, self.repo, commit, "NEW_DIR"])
         return UnsafeFileError(
-            f"{self.name}: holds pickled weights alone ({pickles[0]}), expected safetensors; convert it with: {command}"
+            f"{self.name}: has only pickled weights ({pickles[0]}), expected safetensors; convert it with: {command}"
         )
 
     @contextlib.contextmanager
     def reasons(self) -> Iterator[None]:
-        """Whatever goes wrong inside becomes one CheckpointError that says what, and what to do."""
+        """Raise every error of the block as one CheckpointError that gives the reason and the next step."""
         try:
             yield
         except PortllmError:
             raise
         except Exception as error:
-            # the hub's library raises its own, its HTTP library's and plain errors
+            # huggingface_hub raises its own errors, its HTTP library's and plain ones
             if self._is_absent(error) and (hint := did_you_mean_path(Path(self.name))):
-                raise CheckpointError(f"{self.name}: no such directory{hint} (nor a hub id within reach)") from error
+                raise CheckpointError(
+                    f"{self.name}: no such directory{hint} (and no hub id that can be reached)"
+                ) from error
             raise CheckpointError(scrubbed(f"{self.name}: {self._reason(error)}")) from error
 
     def _is_absent(self, error: BaseException) -> bool:
-        """Whether nothing was found under the name: a misspelt directory looks like a hub id."""
+        """Return whether nothing has that name: a misspelt directory looks like a hub id."""
         from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
         links = list(chain(error))
@@ -217,21 +222,21 @@ class Asked:
         has_token = bool(get_token())
         links = list(chain(error))
 
-        def told(kind: type[BaseException]) -> bool:
+        def is_caused_by(kind: type[BaseException]) -> bool:
             return any(isinstance(link, kind) for link in links)
 
-        if told(errors.GatedRepoError):
+        if is_caused_by(errors.GatedRepoError):
             if has_token:
-                return f"gated, and this token's account is not let in; ask for access at {place}, or use another token"
+                return f"gated, and this token's account has no access; request it at {place}, or use another token"
             return f"gated; accept its terms at {place}, then log in with `hf auth login` or set HF_TOKEN"
-        if told(errors.RevisionNotFoundError):
+        if is_caused_by(errors.RevisionNotFoundError):
             return f"the repository has no revision {self.revision or 'main'}; see its branches at {place}/tree/main"
-        if told(errors.RepositoryNotFoundError):
-            seen = "that your token may see" if has_token else "that can be seen without a token (`hf auth login`)"
-            return f"neither a directory nor a repository of the hub {seen}; check the name"
-        if told(errors.OfflineModeIsEnabled):
+        if is_caused_by(errors.RepositoryNotFoundError):
+            visible = "that your token can read" if has_token else "that can be read without a token (`hf auth login`)"
+            return f"neither a directory nor a repository of the hub {visible}; check the name"
+        if is_caused_by(errors.OfflineModeIsEnabled):
             return (
-                "neither a directory nor whole in the hub's cache, and the hub is out of reach (HF_HUB_OFFLINE); "
+                "neither a directory nor complete in the hub's cache, and the hub is switched off (HF_HUB_OFFLINE); "
                 "unset that to download, or give a local directory"
             )
         return _other_reason(error, links)
@@ -240,35 +245,33 @@ class Asked:
 def _other_reason(error: BaseException, links: Sequence[BaseException]) -> str:
     status = next((s for link in links if (s := _status(link)) is not None), None)
     if status == 401:
-        return (
-            "the hub does not know the token, or it has expired; log in again with `hf auth login`, or unset HF_TOKEN"
-        )
+        return "the token is unknown to the hub, or has expired; log in again with `hf auth login`, or unset HF_TOKEN"
     if status == 429:
-        return "the hub asks to wait (HTTP 429); try again later"
+        return "the hub received too many requests (HTTP 429); try again later"
     if status is not None:
         return f"the hub {'failed' if status >= 500 else 'refused'} (HTTP {status}); try again later"
     if any(isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT) for link in links):
         return "the disk of the hub's cache is full; free some space, or put the cache elsewhere (HF_HOME)"
     if any(type(link) is OSError and link.errno is None for link in links):  # the library's own check of the size
         return "a file did not arrive complete; check the network, then run the same command again"
-    said = line(str(error)) or type(error).__name__
+    text = line(str(error)) or type(error).__name__
     if of_the_network(error):
         return (
-            f"the hub cannot be reached ({said}), and it is not whole in the cache; check the network, "
-            "or give a local directory; what has arrived is kept"
+            f"the hub cannot be reached ({text}), and it is not complete in the cache; check the network, "
+            "or give a local directory; files that are complete are kept"
         )
-    return f"the hub did not give it ({said}); try again"
+    return f"the download failed ({text}); try again"
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error tells of."""
+    """Return the HTTP status of an error's response."""
     response: Any = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     return status if isinstance(status, int) else None
 
 
 def _complete(folder: Path) -> bool:
-    """Whether a snapshot has all its weights; they are brought last, so that it then has the rest, too."""
+    """Return whether a snapshot has all its weights: they are downloaded last, so it has the rest, too."""
     try:
         names = [ADAPTER] if (folder / ADAPTER).is_file() else shard_names(folder)
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""What the hub and its library say when something goes wrong, in one line, without the token."""
+"""Errors of the hub and of its library as one line, without the token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "hf_xe
 
 
 def api() -> HfApi:
-    """The hub's API, told who asks."""
+    """Return the hub's API, with portllm's name and version in its requests."""
     from huggingface_hub import HfApi
 
     from portllm import __version__
@@ -21,25 +21,25 @@ def api() -> HfApi:
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it came from, and so on."""
+    """Yield an error, its cause, the cause of that, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def of_the_network(error: BaseException) -> bool:
-    """Whether the HTTP library raised `error`, or what it came from."""
+    """Return whether an HTTP library raised `error` or one of its causes."""
     return any(type(link).__module__.split(".")[0] in HTTP_LIBRARIES for link in chain(error))
 
 
 def line(text: str) -> str:
-    """`text` as one line of 200 characters at most."""
+    """Return `text` as one line of 200 characters at most."""
     words = " ".join(text.split())
     return words if len(words) <= 200 else words[:197] + "..."
 
 
 def scrubbed(text: str) -> str:
-    """`text` without the token, should the hub have echoed it."""
+    """Return `text` without the token, which the hub's answer may contain."""
     from huggingface_hub import get_token
 
     token = get_token()

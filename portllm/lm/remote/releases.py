@@ -1,4 +1,4 @@
-"""A real release, of the hub or of a directory, brought into a folder of ours."""
+"""Copy a published release, of the hub or of a directory, into a folder of the project."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from portllm.amounts import size
 from portllm.checkpoint.files.copying import copy_checkpoint
 from portllm.checkpoint.files.hashing import fingerprint
 from portllm.checkpoint.record.provenance import public_name, revision
@@ -14,49 +15,40 @@ from portllm.checkpoint.record.records import Source
 from portllm.lm.remote.hub import resolve
 
 if TYPE_CHECKING:
-    from portllm.lm.remote.downloading import Download
+    from portllm.lm.remote.downloading import Download, Progress
 
-UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-SMALL_BYTES = 10_000_000  # not worth a word: the index is read before the rest is counted
-
-Progress = Callable[[int, int], None]
+SMALL_BYTES = 10_000_000  # not worth a mention: the index is downloaded before the rest is counted
 
 
 @dataclass(frozen=True)
-class Watch:
-    """Who hears what will be downloaded, in words, and how many bytes have come."""
+class DownloadCallbacks:
+    """`on_note` receives what will be downloaded, in words; `on_bytes` (bytes present, bytes in all)."""
 
     on_note: Callable[[str], object] = lambda _: None
     on_bytes: Progress | None = None
 
 
-def find(name: str, watch: Watch) -> Path:
-    """The directory of a release: itself, or the hub's at one commit (see `hub.resolve`)."""
+def find(name: str, callbacks: DownloadCallbacks) -> Path:
+    """Return the directory of a release: itself, or the hub's at one commit (see `hub.resolve`)."""
 
-    def tell(download: Download) -> None:
-        watch.on_note(describe(download))
+    def note(download: Download) -> None:
+        callbacks.on_note(describe(download))
 
-    return resolve(name, on_plan=tell, on_progress=watch.on_bytes)
+    return resolve(name, on_plan=note, on_progress=callbacks.on_bytes)
 
 
-def copy(found: Path, folder: Path, watch: Watch) -> Source:
-    """Copy the release into `folder`; where it came from. Raises CheckpointError and OutputError."""
-    copy_checkpoint(found, folder, watch.on_bytes)
-    return Source(name=public_name(found), fingerprint=fingerprint(folder), revision=revision(found))
+def copy(release: Path, folder: Path, callbacks: DownloadCallbacks) -> Source:
+    """Copy the release into `folder` and return where it came from. Raises CheckpointError and OutputError."""
+    copy_checkpoint(release, folder, callbacks.on_bytes)
+    return Source(name=public_name(release), fingerprint=fingerprint(folder), revision=revision(release))
 
 
 def describe(download: Download) -> str:
-    """What will be downloaded, and whether there is room, for people."""
-    here = download.present
-    present = f", {_size(here)} of it here already" if here > SMALL_BYTES else ""
-    if here == download.nbytes:
-        present = ", all of it here already"
+    """Return in words what will be downloaded, and the space that is free for it."""
+    present = f", {size(download.present)} of it available already" if download.present > SMALL_BYTES else ""
+    if download.present == download.nbytes:
+        present = ", all of it available already"
     return (
-        f"{download.repo} at {download.commit[:12]}: {len(download.files)} files, {_size(download.nbytes)}{present}; "
-        f"{_size(download.free)} free on the disk of the hub's cache"
+        f"{download.repo} at {download.commit[:12]}: {len(download.files)} files, {size(download.nbytes)}{present}; "
+        f"{size(download.free)} free on the disk of the hub's cache"
     )
-
-
-def _size(nbytes: int) -> str:
-    unit, divisor = next(((u, d) for u, d in UNITS if nbytes >= d), UNITS[-1])
-    return f"{nbytes / divisor:.2f} {unit}"

@@ -21,7 +21,7 @@ from portllm.checkpoint.planning.planner import make_plan
 from portllm.checkpoint.record.provenance import public_name, revision
 from portllm.checkpoint.record.records import PatchRecord, PortRecord
 from portllm.errors import EvaluationError, PatchError, PortllmError, ShapeError, UnmatchedModulesError
-from portllm.lm.names.naming import layout_of
+from portllm.lm.names.layout import layout_of
 
 OLD = "old"  # the arm of an earlier release's models
 OnNote = Callable[[str], object]

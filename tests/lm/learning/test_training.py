@@ -184,7 +184,7 @@ def test_a_token_that_the_base_does_not_know_is_said(words: object) -> None:
     optim = dataclasses.replace(OPTIM, max_steps=1)
     training.fit(small, words, examples, optim=optim, seed=0)  # what the text never comes to may be missing
     small.resize_token_embeddings(highest)
-    with pytest.raises(CheckpointError, match=f"token {highest} of the text, the model knows 0 to {highest - 1}"):
+    with pytest.raises(CheckpointError, match=f"token {highest} of the text, the model has tokens 0 to {highest - 1}"):
         training.fit(small, words, examples, optim=optim, seed=0)
 
 

@@ -169,7 +169,7 @@ def test_tensors_that_the_model_does_not_load_are_not_in_the_layout(save: Callab
 
 @pytest.mark.parametrize("old", ["model.language_model.", "language_model.model."])
 @pytest.mark.parametrize("model", ["Gemma3ForConditionalGeneration", "LlavaForConditionalGeneration"])
-def test_a_model_that_sees(model: str, old: str, save: Callable[..., Checkpoint]) -> None:
+def test_a_vision_language_model(model: str, old: str, save: Callable[..., Checkpoint]) -> None:
     text = {"model_type": "gemma3_text" if model.startswith("Gemma3") else "llama", **HEADED}
     vision = {"model_type": "siglip_vision_model" if model.startswith("Gemma3") else "clip_vision_model", **VISION}
     more = {"mm_tokens_per_image": 4, "image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7}
@@ -186,7 +186,7 @@ def test_a_model_that_sees(model: str, old: str, save: Callable[..., Checkpoint]
 
 @pytest.mark.parametrize("model", ["llama", "gpt_neox", "t5"])
 @pytest.mark.parametrize("stored", ["head only", "both, equal", "both, different"])
-def test_a_config_that_ties_what_the_files_hold(model: str, stored: str, save: Callable[..., Checkpoint]) -> None:
+def test_a_config_that_ties_stored_weights(model: str, stored: str, save: Callable[..., Checkpoint]) -> None:
     """Which of the tied ones is on disk, and whether two of them are one, is settled as transformers settles it."""
     base = save(*MODELS[model])
     head = "embed_out.weight" if model == "gpt_neox" else "lm_head.weight"
@@ -244,7 +244,7 @@ def test_a_classifier_keeps_its_own_head(save: Callable[..., Checkpoint]) -> Non
     assert built(base, "SEQ_CLS", num_labels=3) == built(base)
 
 
-def test_a_causal_patch_on_a_bare_model_sees_the_language_model(save: Callable[..., Checkpoint]) -> None:
+def test_a_causal_patch_on_a_bare_model_has_the_language_models_layout(save: Callable[..., Checkpoint]) -> None:
     base = save(*MODELS["llama bare"])
     layout = built(base, "CAUSAL_LM")
     assert layout.parts["model.norm.weight"][0].tensor == "norm.weight"
@@ -297,7 +297,7 @@ def test_an_operation_not_followed_leaves_its_parameters_out_by_name(
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "code of its own": ({"model_type": "mine", "auto_map": {"AutoModel": "m.M"}}, "runs no code from a checkpoint"),
-    "unknown type": ({"model_type": "mine"}, "a model_type that transformers knows, found 'mine'"),
+    "unknown type": ({"model_type": "mine"}, "a model_type that transformers contains, found 'mine'"),
     "no type": ({"model_type": None}, "found None"),
     "other width": ({"intermediate_size": 28}, r"down_proj.weight is 16×28 by config.json, 16×24 in the files"),
     "grown vocabulary": ({"vocab_size": 33}, "33×16 by config.json, 32×16 in the files"),
@@ -309,7 +309,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(case: str, save: Callable[..., Checkpoint]) -> None:
+def test_a_config_that_does_not_fit_is_refused(case: str, save: Callable[..., Checkpoint]) -> None:
     settings, text = REFUSED[case]
     base = rewrite(save(*MODELS["llama"]), lambda t: t, **settings)
     with pytest.raises(CheckpointError, match=text) as caught:
@@ -318,7 +318,7 @@ def test_what_is_refused(case: str, save: Callable[..., Checkpoint]) -> None:
     assert str(base.path) in str(caught.value)
 
 
-def test_a_config_without_end_is_refused(save: Callable[..., Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_parameters_are_refused(save: Callable[..., Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("portllm.lm.names.building.MAX_PARAMETERS", 9)
     with pytest.raises(CheckpointError, match="more than 9 parameters"):
         built(save(*MODELS["llama"]))
@@ -329,11 +329,11 @@ def test_no_class_for_the_task_is_refused(save: Callable[..., Checkpoint]) -> No
         built(save(*MODELS["granitemoe"]), "SEQ_CLS", num_labels=2)
 
 
-def test_experts_both_whole_and_in_pieces_are_left_out(save: Callable[..., Checkpoint]) -> None:
+def test_experts_both_fused_and_separate_are_left_out(save: Callable[..., Checkpoint]) -> None:
     name = "model.layers.0.mlp.experts.down_proj"
     base = rewrite(save(*MODELS["mixtral"]), lambda t: t | {name: torch.zeros(4, 16, 24)})
     layout = built(base)
-    assert layout.opaque == {name: "both whole and in pieces"}
+    assert layout.opaque == {name: "both fused and in pieces"}
     assert name not in layout.parts
 
 
@@ -369,7 +369,7 @@ def test_one_tensor_on_disk_that_is_several_parameters(
     assert_right(base, layout, loaded(base))
 
 
-def test_fused_experts_turned_on_disk(save: Callable[..., Checkpoint]) -> None:
+def test_fused_experts_transposed_on_disk(save: Callable[..., Checkpoint]) -> None:
     """As Qwen3-VL-MoE is on the hub: (experts, in, out) where the model has (experts, out, in)."""
     vision = {"depth": 1, "hidden_size": 16, "num_heads": 4, "intermediate_size": 24, "out_hidden_size": 16}
     vision |= {"deepstack_visual_indexes": [0], "patch_size": 4, "num_position_embeddings": 16}
@@ -383,7 +383,7 @@ def test_fused_experts_turned_on_disk(save: Callable[..., Checkpoint]) -> None:
     assert_right(base, layout, loaded(base))
 
 
-def test_the_text_class_of_a_model_that_also_sees(save: Callable[..., Checkpoint]) -> None:
+def test_the_text_class_of_a_vision_language_model(save: Callable[..., Checkpoint]) -> None:
     vision = {"model_type": "siglip_vision_model", **VISION}
     base = save("Gemma3ForConditionalGeneration", {"text_config": HEADED, "vision_config": vision})
     text = next(name for name in base.names if name.endswith("embed_tokens.weight")).removesuffix("embed_tokens.weight")

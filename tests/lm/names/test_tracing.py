@@ -1,4 +1,4 @@
-"""What is followed on shapes alone is what torch does to the numbers."""
+"""A Traced array is rearranged as torch rearranges the numbers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def assembled(array: Traced, tensors: Mapping[str, torch.Tensor]) -> torch.Tenso
 
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
-def test_followed_as_torch_does_it(data: st.DataObject) -> None:
+def test_traced_operations_equal_torchs(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 4), min_size=2, max_size=3)))
     count = data.draw(st.integers(1, 3))
     size = int(torch.tensor(shape).prod())
@@ -80,12 +80,12 @@ def test_followed_as_torch_does_it(data: st.DataObject) -> None:
         lambda x: torch.chunk(torch.stack([x]), 3, dim=1)[0].squeeze(1),
     ],
 )
-def test_anything_else_is_an_error(step: Callable[[Traced], object]) -> None:
+def test_any_other_operation_is_an_error(step: Callable[[Traced], object]) -> None:
     with pytest.raises((UntraceableError, AttributeError, TypeError)):
         step(Traced.whole("t", (3, 4)))
 
 
-def test_only_the_last_two_axes_swapped_are_told() -> None:
+def test_only_the_last_two_axes_may_be_swapped() -> None:
     turned = torch.transpose(Traced.whole("t", (2, 3, 4)), 0, 1)
     with pytest.raises(UntraceableError):
         turned.parts()

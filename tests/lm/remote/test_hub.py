@@ -1,4 +1,4 @@
-"""A name is a directory where there is one, else a repository of the hub at one commit: of its files, what is needed.
+"""A name is a local directory or a repository of the hub at one commit, of which the files needed are downloaded.
 
 All against a stand-in of the hub's HTTP API.
 """
@@ -60,19 +60,19 @@ def wanted(files: Mapping[str, bytes] = MODEL) -> dict[str, bytes]:
     return {name: content for name, content in files.items() if name != ".gitattributes"}
 
 
-def test_a_directory_is_itself(hub: Any, tmp_path: Path) -> None:
+def test_resolve_of_a_directory_returns_it(hub: Any, tmp_path: Path) -> None:
     assert resolve(tmp_path) == tmp_path
     assert hub.asked == []
 
 
 @pytest.mark.parametrize("name", ["no such thing", "/absent/dir", "./absent", "a/b/c", ""])
-def test_what_is_neither_is_refused(hub: Any, name: str) -> None:
+def test_a_name_that_is_neither_is_refused(hub: Any, name: str) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         resolve(name)
     assert hub.asked == []
 
 
-def test_a_model_comes_without_what_it_does_not_load_from(hub: Any) -> None:
+def test_only_files_that_a_model_loads_are_downloaded(hub: Any) -> None:
     commit = hub.add(REPO, {**MODEL, **LEFT})
     folder = resolve(REPO)
     assert contents(folder) == wanted()
@@ -80,7 +80,7 @@ def test_a_model_comes_without_what_it_does_not_load_from(hub: Any) -> None:
     assert hub.store_tokens == {None}, "the token is the hub's alone"
 
 
-def test_an_adapter_and_a_whole_repository(hub: Any) -> None:
+def test_an_adapter_and_a_complete_repository_are_downloaded(hub: Any) -> None:
     adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": LARGE, "optimizer.pt": b"pickle"}
     hub.add(REPO, adapter)
     assert set(contents(resolve(REPO))) == {"adapter_config.json", "adapter_model.safetensors"}
@@ -114,11 +114,11 @@ def test_pickles_alone_are_refused_with_the_command_that_converts_them(hub: Any)
     assert "\n" not in str(caught.value)
     assert hub.asked_for("/resolve/") == 0
     hub.add("owner/gguf", {"model.gguf": b"weights"})
-    with pytest.raises(CheckpointError, match="no safetensors that a model loads from, found model.gguf"):
+    with pytest.raises(CheckpointError, match="expected safetensors that a model loads from, found model.gguf"):
         resolve("owner/gguf")
 
 
-def test_a_branch_is_pinned_and_a_commit_stays_what_it_is(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_branch_is_pinned_and_a_commit_does_not_change(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     old = hub.add(REPO, MODEL)
     assert resolve(REPO).name == old
     changed = {**MODEL, "config.json": b'{"new": 1}'}
@@ -136,7 +136,7 @@ def test_a_branch_is_pinned_and_a_commit_stays_what_it_is(hub: Any, monkeypatch:
     assert len(hub.asked) == asked
 
 
-def test_what_is_here_is_not_downloaded_again(hub: Any) -> None:
+def test_cached_files_are_not_downloaded_again(hub: Any) -> None:
     hub.add(REPO, MODEL)
     plans: list[Any] = []
     resolve(REPO, on_plan=lambda plan: plans.append((len(plan.files), plan.nbytes, plan.present)))
@@ -164,7 +164,13 @@ def test_progress_is_in_bytes_and_ends_at_the_total(hub: Any) -> None:
     assert heard[-1] == (total, total)
 
 
-def test_a_connection_cut_short_is_taken_up_where_it_broke(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_with_a_callback_draws_no_bars_of_the_library(hub: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.add(REPO, MODEL)
+    resolve(REPO, on_progress=lambda *_: None)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_broken_connection_is_resumed(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)  # the library waits between its attempts
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", PIECE)
     hub.add(REPO, MODEL)
@@ -177,7 +183,7 @@ def test_a_connection_cut_short_is_taken_up_where_it_broke(hub: Any, monkeypatch
     assert 200_000 - PIECE < firsts[2] - firsts[1] < 210_000
 
 
-def test_a_file_that_arrives_changed_is_never_used(hub: Any) -> None:
+def test_a_file_with_another_hash_is_removed(hub: Any) -> None:
     hub.add(REPO, MODEL)
     hub.spoils = hashlib.sha256(LARGE).hexdigest()
     with pytest.raises(CheckpointError, match=r"model\.safetensors did not arrive as the hub has it"):
@@ -194,14 +200,12 @@ def test_a_file_that_arrives_short_is_refused_without_its_signed_address(hub: An
     assert "secret" not in str(error.value)
 
 
-def test_a_part_of_a_repository_in_the_cache_does_not_stand_for_the_whole(
-    hub: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_partly_cached_repository_is_not_complete(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add(REPO, {**MODEL, "port.json": b"{}", "notes.xyz": b"by hand"})
     folder = resolve(REPO)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert resolve(REPO) == folder
-    with pytest.raises(CheckpointError, match="nor whole in the hub's cache"):
+    with pytest.raises(CheckpointError, match="nor complete in the hub's cache"):
         resolve(REPO, whole=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     resolve(REPO, whole=True)
@@ -249,16 +253,19 @@ def test_a_killed_download_runs_again_and_keeps_complete_files(hub: Any, tmp_pat
 @pytest.mark.parametrize(
     ("prepare", "says"),
     [
-        (lambda h: None, r"neither a directory nor a repository of the hub that your token may see; check the name"),
-        (lambda h: h.add(REPO, MODEL, gated=True), r"gated, and this token's account is not let in; ask .*owner/name"),
+        (lambda h: None, r"neither a directory nor a repository of the hub that your token can read; check the name"),
+        (
+            lambda h: h.add(REPO, MODEL, gated=True),
+            r"gated, and this token's account has no access; request .*owner/name",
+        ),
         (lambda h: h.add(REPO, MODEL, branch="other"), r"has no revision main; see its branches at"),
-        (lambda h: h.known_tokens.clear(), r"does not know the token, or it has expired; log in again"),
+        (lambda h: h.known_tokens.clear(), r"the token is unknown to the hub, or has expired; log in again"),
         (lambda h: h.failures.update({"/api/models": (503, "down")}), r"the hub failed \(HTTP 503\); try again later"),
-        (lambda h: h.failures.update({"/api/models": (429, "slow")}), r"asks to wait \(HTTP 429\)"),
+        (lambda h: h.failures.update({"/api/models": (429, "slow")}), r"too many requests \(HTTP 429\)"),
         (lambda h: (h.add(REPO, MODEL), h.failures.update({"/store/": (403, "expired")})), r"refused \(HTTP 403\)"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line(
+def test_a_refusal_of_the_hub_is_one_line(
     hub: Any, prepare: Any, says: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
@@ -272,7 +279,7 @@ def test_what_the_hub_refuses_is_one_line(
     assert "signature=secret" not in f"{caught.value} {loud}"
 
 
-def test_without_a_token_it_says_how_to_get_in(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_without_a_token_names_the_login(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(CheckpointError, match=r"without a token \(`hf auth login`\); check the name"):
         resolve(REPO)
@@ -284,7 +291,7 @@ def test_without_a_token_it_says_how_to_get_in(hub: Any, monkeypatch: pytest.Mon
     assert contents(resolve(REPO)) == wanted()
 
 
-def test_out_of_reach_it_says_so_unless_the_cache_has_all(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_hub_only_a_complete_cache_is_used(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
     hub.add(REPO, MODEL)
     hub.add("owner/partly", {**MODEL, "model.safetensors": LARGE + b"more"})
@@ -295,19 +302,19 @@ def test_out_of_reach_it_says_so_unless_the_cache_has_all(hub: Any, monkeypatch:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert resolve(REPO) == folder
     for name in ("owner/partly", "owner/never", f"{REPO}@v9"):
-        with pytest.raises(CheckpointError, match="cannot be reached .* not whole in the cache; check the network"):
+        with pytest.raises(CheckpointError, match="cannot be reached .* not complete in the cache; check the network"):
             resolve(name)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert resolve(REPO) == folder
     for name in ("owner/partly", "owner/never", f"{REPO}@v9"):
-        with pytest.raises(CheckpointError, match=r"nor whole in the hub's cache.*HF_HUB_OFFLINE.*local directory"):
+        with pytest.raises(CheckpointError, match=r"nor complete in the hub's cache.*HF_HUB_OFFLINE.*local directory"):
             resolve(name)
 
 
-def test_a_disk_too_small_is_said_before_anything_is_downloaded(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_too_small_is_refused_before_the_download(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add(REPO, MODEL)
     monkeypatch.setattr(downloading.Download, "free", property(lambda _: 50_000_000))
-    with pytest.raises(OutputError, match=r"0\.00 GB are to be downloaded, .* has 0\.05 GB free"):
+    with pytest.raises(OutputError, match=r"1\.05 MB are to be downloaded, .* has 50\.0 MB free"):
         resolve(REPO)
     assert hub.ranges == []
 

@@ -1,4 +1,4 @@
-"""Pushing: the hub has every file byte for byte, or one line says why not and OUT is whole; no token is seen."""
+"""A push uploads every file byte for byte, or fails in one line and leaves OUT complete; no token is printed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def pushed(hub: Any, repo: str = "me/x", branch: str = "main") -> dict[str, byte
 
 
 @pytest.mark.parametrize("as_", ["merged", "adapter"])
-def test_every_file_arrives(hub: Any, inputs: dict[str, Any], as_: Any) -> None:
+def test_push_uploads_every_file(hub: Any, inputs: dict[str, Any], as_: Any) -> None:
     record = portllm.port(**inputs, as_=as_, push_to_hub="me/x")
     assert pushed(hub) == contents(inputs["out"])
     assert set(pushed(hub)) == {*record.files, "port.json"}
@@ -66,16 +66,14 @@ def test_every_file_arrives(hub: Any, inputs: dict[str, Any], as_: Any) -> None:
     assert not hub.repos["me/x"]["private"]
 
 
-def test_an_owner_is_not_needed_and_a_branch_and_privacy_are_asked_for(hub: Any, inputs: dict[str, Any]) -> None:
+def test_push_without_an_owner_to_a_private_branch(hub: Any, inputs: dict[str, Any]) -> None:
     portllm.port(**inputs, push_to_hub="x", private=True, revision="v2")
     assert hub.repos["me/x"]["private"]
     assert pushed(hub, branch="v2") == contents(inputs["out"])
     assert pushed(hub) == {}
 
 
-def test_the_token_is_nowhere_but_in_the_requests(
-    hub: Any, inputs: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_token_is_in_the_requests_only(hub: Any, inputs: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     token = os.environ["HF_TOKEN"]
     words = ["port", str(inputs["patch"]), "--onto", str(inputs["onto"]), "--out", str(inputs["out"])]
     with caplog.at_level(logging.DEBUG):
@@ -102,13 +100,13 @@ def test_the_token_is_nowhere_but_in_the_requests(
         ("preupload", 403, "may not write there"),
         ("lfs/objects", 404, "no such repository or branch"),
         ("/store/", 403, "may not write there"),
-        ("validate-yaml", 400, "did not take it"),
+        ("validate-yaml", 400, "the upload failed"),
         ("/commit/", 413, r"refused \(HTTP 413: too much\)"),
         ("/commit/", 500, "try again later"),
         ("/tree/", 500, "try again later"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line(
+def test_a_refusal_of_the_hub_is_one_line(
     hub: Any, inputs: dict[str, Any], part: str, status: int, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)  # the hub's library waits between its attempts
@@ -124,7 +122,7 @@ def test_what_the_hub_refuses_is_one_line(
         portllm.verify(inputs["out"], onto=inputs["onto"], patch=inputs["patch"])
 
 
-def test_a_push_that_failed_is_made_up_for_without_porting_again(
+def test_a_failed_push_is_repeated_without_porting_again(
     hub: Any, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.failures["/commit/"] = (500, "down")
@@ -171,7 +169,7 @@ def test_only_the_very_same_port_is_pushed_without_porting(hub: Any, inputs: dic
     assert portllm.port(**inputs, force=True, push_to_hub="me/x") == record
 
 
-def test_what_can_be_known_early_is_refused_before_anything_is_done(
+def test_a_push_that_cannot_succeed_is_refused_before_porting(
     hub: Any, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for repo in ("", "a/b/c", "me/", "/x", "../x", "./out", "me/x y", "me/x--y", "me/x..y", "me/x.git", "-me/x", "é/x",
@@ -200,7 +198,7 @@ def test_what_can_be_known_early_is_refused_before_anything_is_done(
     assert {path for _, path in hub.asked} == {"/api/whoami-v2"}
 
 
-def test_a_repository_that_holds_other_weights_or_is_public_is_left_alone(hub: Any, inputs: dict[str, Any]) -> None:
+def test_a_repository_with_other_weights_or_public_is_refused(hub: Any, inputs: dict[str, Any]) -> None:
     portllm.port(**inputs, push_to_hub="me/x")
     hub.repos["me/x"]["branches"]["main"]["model.safetensors"] = b"other weights"
     with pytest.raises(HubError, match=r"has model\.safetensors already"):
@@ -212,7 +210,7 @@ def test_a_repository_that_holds_other_weights_or_is_public_is_left_alone(hub: A
 
 
 @pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors", "port.json"])
-def test_a_file_that_does_not_arrive_is_noticed(hub: Any, inputs: dict[str, Any], name: str) -> None:
+def test_a_file_missing_on_the_hub_is_an_error(hub: Any, inputs: dict[str, Any], name: str) -> None:
     hub.loses = name
     with pytest.raises(HubError, match=f"{name} did not arrive as it is here, the hub has none"):
         portllm.port(**inputs, push_to_hub="me/x")

@@ -151,7 +151,7 @@ def test_a_token_that_the_model_does_not_have_is_an_error(requests: Requests, ki
     words = tokenizer.build()
     small = llama.new_llama(words, SHAPE, seed=0).eval()
     small.resize_token_embeddings(len(words) // 2)
-    with pytest.raises(EvaluationError, match=f"of the text, the model knows 0 to {len(words) // 2 - 1}"):
+    with pytest.raises(EvaluationError, match=f"of the text, the model has tokens 0 to {len(words) // 2 - 1}"):
         getattr(batched((small, words), 1), kind)(requests[kind])
 
 

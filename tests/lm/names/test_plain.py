@@ -1,4 +1,4 @@
-"""Where names in memory are looked up instead of asked for, the look-up says what transformers says."""
+"""The layout of a plain family, by look-up, equals the one that transformers gives."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 
 from portllm.checkpoint.base.checkpoint import Checkpoint
 from portllm.checkpoint.base.layout import PLAIN, Layout, plain
-from portllm.lm.names.layout import built
-from portllm.lm.names.naming import layout_of
+from portllm.lm.names.layout import built, layout_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -42,12 +41,12 @@ def same(one: Layout, other: Layout) -> None:
 
 @pytest.mark.parametrize("kind", sorted(PLAIN))
 @pytest.mark.parametrize("tied", [None, True, False])
-def test_the_look_up_says_what_transformers_says(kind: str, tied: bool | None, tmp_path: Path) -> None:
+def test_the_plain_layout_equals_the_built_one(kind: str, tied: bool | None, tmp_path: Path) -> None:
     base = save(kind, tmp_path / kind, **({} if tied is None else {"tie_word_embeddings": tied}))
     same(plain(base), built(base))
 
 
-def test_a_config_that_does_not_say_whether_it_ties(tmp_path: Path) -> None:
+def test_a_config_without_tie_word_embeddings(tmp_path: Path) -> None:
     import json
 
     for kind in sorted(PLAIN):
