@@ -174,7 +174,7 @@ def _refuse_endless(base: Checkpoint, config: Mapping[str, Any]) -> None:
 
 def _most(key: str, base: Checkpoint) -> int:
     """How many of something a config may ask for; no model has more layers than tensors."""
-    return MAX_COUNT if key.endswith("labels") else min(MAX_COUNT, max(1_000, len(base.where)))
+    return MAX_COUNT if key.endswith("labels") else min(MAX_COUNT, max(1_000, len(base.tensors)))
 
 
 def _unbuildable(base: Checkpoint, what: str, error: Exception) -> CheckpointError:

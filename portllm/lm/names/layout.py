@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.base.checkpoint import Checkpoint, equal_values
-from portllm.checkpoint.base.layout import Kind, Layout, Module, Part, whole
+from portllm.checkpoint.base.checkpoint import Checkpoint
+from portllm.checkpoint.base.layout import Kind, Layout, Module, StoredBlock, whole
 from portllm.errors import CheckpointError
 from portllm.lm.names.building import meta_model
 from portllm.lm.names.tracing import Traced
@@ -37,7 +37,7 @@ def built(base: Checkpoint, task_type: str | None = None, num_labels: int | None
     _check_shapes(base, shapes, parts)
     return Layout(
         modules=_modules(model, shapes),
-        parts={name: value.parts for name, value in parts.items()},
+        blocks={name: value.parts for name, value in parts.items()},
         tied=_tied(base, model, parts, opaque),
         opaque=opaque,
         absent=_absent(model, names, shapes.keys() - parts.keys() - opaque.keys()),
@@ -92,7 +92,7 @@ class _Stored:
     """A parameter as its parts on disk give it."""
 
     shape: Shape
-    parts: tuple[Part, ...]
+    parts: tuple[StoredBlock, ...]
 
 
 @dataclass
@@ -108,7 +108,7 @@ def _gather(base: Checkpoint, names: _Names) -> _Gathered:
     from transformers.core_model_loading import dot_natural_key
 
     found = _Gathered()
-    for disk in sorted(base.where, key=dot_natural_key):
+    for disk in sorted(base.tensors, key=dot_natural_key):
         parameter, pattern = names.in_memory(disk)
         if parameter not in names.shapes:
             continue
@@ -117,14 +117,17 @@ def _gather(base: Checkpoint, names: _Names) -> _Gathered:
             continue
         if parameter not in found.converted:
             found.converted[parameter] = names.converter(pattern)
-        found.converted[parameter].add_tensor(parameter, disk, pattern, Traced.whole(disk, base.shape(disk)))
+        found.converted[parameter].add_tensor(parameter, disk, pattern, Traced.whole(disk, base.tensors[disk].shape))
     return found
 
 
 def _trace(base: Checkpoint, model: PreTrainedModel, names: _Names) -> tuple[dict[str, _Stored], dict[str, str]]:
     """Each stored parameter with its parts, and those stored in a way that has no parts, with the reason."""
     found = _gather(base, names)
-    stored = {name: _Stored(base.shape(disk), (whole(disk, base.shape(disk)),)) for name, disk in found.plain.items()}
+    stored = {
+        name: _Stored(base.tensors[disk].shape, (whole(disk, base.tensors[disk].shape),))
+        for name, disk in found.plain.items()
+    }
     opaque: dict[str, str] = {}
     for first, converter in found.converted.items():
         targets = names.targets(first, converter)
@@ -206,8 +209,7 @@ def _equal(base: Checkpoint, one: _Stored | None, other: _Stored | None) -> bool
     if one is None or other is None or len(one.parts) != 1 or len(other.parts) != 1:
         return False
     left, right = one.parts[0], other.parts[0]
-    entries = [(base.where[part.tensor].path, base.entry(part.tensor)) for part in (left, right)]
-    return left.transposed == right.transposed and equal_values(*entries)
+    return left.transposed == right.transposed and base.entry(left.tensor).equals(base.entry(right.tensor))
 
 
 def _absent(model: PreTrainedModel, names: _Names, absent: Iterable[str]) -> dict[str, str]:

@@ -1,12 +1,12 @@
-"""Where a checkpoint's parameters are: by look-up where that is known to be right, else asked of transformers."""
+"""Where a checkpoint's parameters are: looked up for families proven plain, otherwise derived from transformers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from portllm.checkpoint.base.base import Base
 from portllm.checkpoint.base.checkpoint import Checkpoint
 from portllm.checkpoint.base.layout import PLAIN, Layout, plain
-from portllm.checkpoint.planning.initialisation import Old
 
 
 def layout_of(base: Checkpoint) -> Layout:
@@ -29,9 +29,7 @@ def layout_of(base: Checkpoint) -> Layout:
     return built(base)
 
 
-def old_base(path: Path | None) -> Old | None:
-    """The base a patch was made on, where it is at hand. Raises CheckpointError."""
-    if path is None:
-        return None
-    base = Checkpoint.open(path)
-    return Old(base, layout_of(base))
+def open_base(path: Path) -> Base:
+    """Return the base at `path`: its checkpoint, with the layout of its architecture. Raises CheckpointError."""
+    checkpoint = Checkpoint.open(path)
+    return Base(checkpoint, layout_of(checkpoint))

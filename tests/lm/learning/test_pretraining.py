@@ -58,8 +58,10 @@ def test_the_base_s_names_dtypes_and_companions_are_kept(tmp_path: Path, corpus:
     params = EvolveParams(mode=mode, block_length=16, optim=OPTIM, lora=LoraParams(r=2, alpha=4))
     evolve.run(base=base, corpus=corpus, out=tmp_path / "out", params=params)
     old, new = Checkpoint.open(base), Checkpoint.open(tmp_path / "out")
-    assert {n: (old.dtype(n), old.shape(n)) for n in old.names} == {n: (new.dtype(n), new.shape(n)) for n in new.names}
-    assert old.dtype("model.norm.weight") == "F32"
+    assert {n: (old.entry(n).dtype, old.entry(n).shape) for n in old.names} == {
+        n: (new.entry(n).dtype, new.entry(n).shape) for n in new.names
+    }
+    assert old.entry("model.norm.weight").dtype == "F32"
     assert ("lm_head.weight" in new.names) != tied
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
