@@ -93,7 +93,7 @@ def assembled(base: Checkpoint, layout: Layout, parameter: str, shape: torch.Siz
     value = torch.full(shape, torch.nan)
     for part in layout.blocks[parameter]:
         at = tuple(i if isinstance(i, int) else slice(*i) for i in part.at)
-        block = base.read(part.tensor)[tuple(slice(*span) for span in part.of)].to(torch.float32)
+        block = base.entry(part.tensor).read()[tuple(slice(*span) for span in part.of)].to(torch.float32)
         block = block.mT if part.transposed else block
         assert value[at].shape == block.shape
         assert value[at].isnan().all(), f"{parameter}: two parts at {part.at}"
