@@ -236,7 +236,7 @@ def verify(
     `sample` changed tensors (8 by default), chosen by `seed`, are computed again from scratch, or `all`. Raises
     PortllmError, which names the first file or tensor that differs.
     """
-    from portllm.checkpoint.verification.proof import Sample
+    from portllm.checkpoint.verification.proof import TensorSample
     from portllm.verbs import verify as verify_verb
 
     if all and sample is not None:
@@ -246,7 +246,7 @@ def verify(
         onto=None if onto is None else resolve(onto),
         patch=None if patch is None else resolve(patch),
         source=None if from_ is None else resolve(from_),
-        sample=Sample(count=8 if sample is None else sample, everything=all, seed=seed),
+        sample=TensorSample(count=8 if sample is None else sample, everything=all, seed=seed),
         on_progress=on_progress,
     )
 

@@ -95,7 +95,7 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Block:
+class PlacedUpdate:
     """An update and where in a tensor, seen as (rows, columns), its upper left corner stands."""
 
     update: Update
@@ -109,7 +109,7 @@ class AddLora:
     surveys = False
     arrays = True
 
-    def __init__(self, *blocks: Block) -> None:
+    def __init__(self, *blocks: PlacedUpdate) -> None:
         """Blocks of rows may straddle the writer's; no two may overlap. Raises ShapeError."""
         self._blocks = sorted(blocks, key=lambda block: (block.row, block.column))
         self._refuse_overlaps()
@@ -145,7 +145,7 @@ class AddLora:
             place += torch.from_numpy(block.update.exact())
         return new
 
-    def _within(self, row: int, count: int, width: int) -> Iterator[tuple[Block, slice, slice]]:
+    def _within(self, row: int, count: int, width: int) -> Iterator[tuple[PlacedUpdate, slice, slice]]:
         """The blocks that touch rows [row, row + count), and which of those rows and columns they cover."""
         for block in self._blocks:
             height, breadth = block.update.shape
@@ -156,7 +156,7 @@ class AddLora:
                 yield block, slice(first, last), slice(block.column, block.column + breadth)
 
     def _refuse_overlaps(self) -> None:
-        above: list[Block] = []
+        above: list[PlacedUpdate] = []
         for block in self._blocks:
             above = [other for other in above if other.row + other.update.shape[0] > block.row]
             for other in above:

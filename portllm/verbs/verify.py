@@ -7,32 +7,30 @@ patch leaves alone is the base's byte for byte, and a sample of the others is co
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from portllm.checkpoint.adapter.patch import CONFIG, Patch
-from portllm.checkpoint.base.checkpoint import Checkpoint
-from portllm.checkpoint.files import hashing as fingerprint
+from portllm.checkpoint.adapter.patch import Patch
+from portllm.checkpoint.base.base import Base
+from portllm.checkpoint.files.hashing import fingerprint
+from portllm.checkpoint.files.names import ADAPTER_CONFIG, CONFIG
+from portllm.checkpoint.files.progress import ByteMeter, Progress
 from portllm.checkpoint.planning.changes import Plan
-from portllm.checkpoint.planning.initialisation import Old
 from portllm.checkpoint.planning.planner import make_plan
-from portllm.checkpoint.record import provenance
+from portllm.checkpoint.record.provenance import public_name
 from portllm.checkpoint.record.records import PortRecord, Source
 from portllm.checkpoint.verification.counterparts import (
-    adapter_file,
     check_adapter_files,
     check_config,
     check_merged_files,
 )
 from portllm.checkpoint.verification.manifest import Manifest
-from portllm.checkpoint.verification.proof import Making, Proof, Sample, fitting
-from portllm.checkpoint.writing.writer import Meter
+from portllm.checkpoint.verification.proof import ExpectedTensors, Proof, TensorSample, fitting
+from portllm.checkpoint.writing.adapter import adapter_file
+from portllm.checkpoint.writing.targets import target_files
 from portllm.errors import ParamsError, VerificationError
-from portllm.lm.names.layout import layout_of, old_base
-
-Progress = Callable[[int, int], None]
+from portllm.lm.names.layout import open_base
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class VerifyRecord:
     folder: str
     record: PortRecord
     nbytes: int
-    sample: Sample
+    sample: TensorSample
     proof: Proof | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -88,7 +86,7 @@ def run(
     onto: Path | None = None,
     patch: Path | None = None,
     source: Path | None = None,
-    sample: Sample | None = None,
+    sample: TensorSample | None = None,
     on_progress: Progress | None = None,
 ) -> VerifyRecord:
     """Verify `folder`; `onto` and `patch` are what it was made from, `source` the patch's own base. Reads only.
@@ -99,7 +97,7 @@ def run(
         raise ParamsError(
             "verify: expected base and patch together (--onto BASE --patch PATCH [--from OLD]) or neither"
         )
-    sample = sample or Sample()
+    sample = sample or TensorSample()
     if sample.count < 1:
         raise ParamsError(f"verify: sample must be at least 1, found {sample.count}; to take all, pass --all")
     manifest = Manifest.open(folder)
@@ -107,11 +105,11 @@ def run(
     stored = sum(header.size for header in manifest.headers())
     inputs = _Inputs.open(manifest, onto, patch, source) if onto is not None and patch is not None else None
     chosen, too_large = inputs.choose(sample) if inputs is not None else ([], [])
-    meter = Meter(manifest.nbytes + stored + (inputs.nbytes(chosen) if inputs is not None else 0), on_progress)
+    meter = ByteMeter(manifest.nbytes + stored + (inputs.nbytes(chosen) if inputs is not None else 0), on_progress)
     manifest.check_digests(meter)
     manifest.check_fingerprint(meter)
     proof = inputs.prove(chosen, too_large, meter) if inputs is not None else None
-    return VerifyRecord(provenance.public_name(folder), manifest.record, manifest.nbytes, sample, proof)
+    return VerifyRecord(public_name(folder), manifest.record, manifest.nbytes, sample, proof)
 
 
 @dataclass(frozen=True)
@@ -119,24 +117,24 @@ class _Inputs:
     """What a directory is said to be made from, and what making it again would write."""
 
     manifest: Manifest
-    base: Checkpoint
+    base: Base
     patch: Patch
-    old: Old | None
+    old: Base | None
     plan: Plan
-    making: Making
+    making: ExpectedTensors
 
     @classmethod
     def open(cls, manifest: Manifest, onto: Path, patch: Path, source: Path | None) -> _Inputs:
-        base, lora, folder = Checkpoint.open(onto), Patch.open(patch), manifest.folder
-        old = old_base(source)
-        plan = make_plan(lora, base, layout_of(base), scale=manifest.record.scale, old=old)
+        base, lora, folder = open_base(onto), Patch.open(patch), manifest.folder
+        old = open_base(source) if source is not None else None
+        plan = make_plan(lora, base, scale=manifest.record.scale, old=old)
         if manifest.record.output == "merged":
-            files, whose = plan.files(base, folder), "base"
+            files, whose = target_files(plan, base, folder), "base"
         else:
             files, whose = [adapter_file(lora, old, folder)], "patch"
-        return cls(manifest, base, lora, old, plan, Making.of(manifest.headers(), files, folder, whose))
+        return cls(manifest, base, lora, old, plan, ExpectedTensors.of(manifest.headers(), files, folder, whose))
 
-    def choose(self, sample: Sample) -> tuple[list[str], list[str]]:
+    def choose(self, sample: TensorSample) -> tuple[list[str], list[str]]:
         """Names of the tensors to compute again, and of those that no memory is there for."""
         import psutil
 
@@ -146,18 +144,18 @@ class _Inputs:
 
     def nbytes(self, chosen: list[str]) -> int:
         """How much there is to read: the inputs for their fingerprints, and both sides of every comparison."""
-        return self.base.nbytes + self.patch.header.size + self.making.nbytes(chosen)
+        return self.base.checkpoint.nbytes + self.patch.header.size + self.making.nbytes(chosen)
 
-    def prove(self, chosen: list[str], too_large: list[str], meter: Meter) -> Proof:
+    def prove(self, chosen: list[str], too_large: list[str], meter: ByteMeter) -> Proof:
         """Raise VerificationError where the inputs are others than port.json's, or the files not what they make."""
         record = self.manifest.record
         self._same("--onto", self.base.path, record.base)
-        meter.add(self.base.nbytes)
+        meter.add(self.base.checkpoint.nbytes)
         self._same("--patch", self.patch.path, record.patch)
         meter.add(self.patch.header.size)
         if self.old is not None and record.trained_on is not None:
-            self._same("--from", self.old.base.path, record.trained_on)
-        for name, path in (("config.json", self.base.path), (CONFIG, self.patch.path)):
+            self._same("--from", self.old.path, record.trained_on)
+        for name, path in ((CONFIG, self.base.path), (ADAPTER_CONFIG, self.patch.path)):
             check_config(self.manifest, name, path)
         self.making.check_headers()
         if record.output == "merged":
@@ -170,7 +168,7 @@ class _Inputs:
     def _same(self, flag: str, path: Path, recorded: Source) -> None:
         if recorded.fingerprint is None:
             return
-        found = fingerprint.fingerprint(path)
+        found = fingerprint(path)
         if found != recorded.fingerprint:
             raise VerificationError(
                 f"{path}: has fingerprint {found[:12]}, {self.manifest.folder / PortRecord.FILE} names {recorded.name} "

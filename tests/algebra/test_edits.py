@@ -63,7 +63,7 @@ def problems(draw: st.DrawFn) -> Problem:
         return Problem(old[:1], lambda: edits.AddVector(step, scale), old[:1].double() + scale * step.double())
     a, b = tensor(rank, columns), tensor(rows, rank)
     new = old.double() + scale * b.double() @ a.double()
-    return Problem(old, lambda: sums.AddLora(sums.Block(sums.Update(a, b, scale))), new)
+    return Problem(old, lambda: sums.AddLora(sums.PlacedUpdate(sums.Update(a, b, scale))), new)
 
 
 def run(edit: edits.Edit, old: Tensor, cuts: list[int]) -> tuple[Tensor, float]:

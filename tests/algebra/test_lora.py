@@ -187,7 +187,7 @@ def test_blocks_of_one_tensor_each_get_their_own_update(data: st.DataObject, dty
             a, b = torch.randn(2, columns), torch.randn(rows, 2)
             block = (slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))
             expected[block] = lora.add_delta(old[block].contiguous(), a, b, 0.7)
-            blocks.append(sums.Block(sums.Update(a, b, 0.7), i * rows, j * columns))
+            blocks.append(sums.PlacedUpdate(sums.Update(a, b, 0.7), i * rows, j * columns))
     edit, out = sums.AddLora(*reversed(blocks)), torch.empty_like(old)
     step = data.draw(st.integers(1, len(old)))
     for row in range(0, len(old), step):
@@ -199,7 +199,7 @@ def test_blocks_of_one_tensor_each_get_their_own_update(data: st.DataObject, dty
 
 
 def test_what_is_in_no_block_is_checked_too() -> None:
-    edit, out = sums.AddLora(sums.Block(sums.Update(torch.ones(1, 1), torch.ones(1, 1), 1.0))), torch.empty(2, 2)
+    edit, out = sums.AddLora(sums.PlacedUpdate(sums.Update(torch.ones(1, 1), torch.ones(1, 1), 1.0))), torch.empty(2, 2)
     old = torch.tensor([[1.0, 1.0], [1.0, math.nan]])
     assert math.isnan(edit.rows(old, 0, out, lora.Scratch(4)))
 
@@ -208,6 +208,6 @@ def test_what_is_in_no_block_is_checked_too() -> None:
 def test_updates_of_the_same_weights_are_refused(row: int, column: int, fits: bool) -> None:
     update = sums.Update(torch.ones(1, 3), torch.ones(2, 1), 1.0)
     with contextlib.nullcontext() if fits else pytest.raises(ShapeError, match="two updates of one tensor overlap"):
-        sums.AddLora(sums.Block(update), sums.Block(update, row, column))
+        sums.AddLora(sums.PlacedUpdate(update), sums.PlacedUpdate(update, row, column))
     with pytest.raises(ShapeError, match="update reaches column 4, the tensor has 3"):
-        sums.AddLora(sums.Block(update, 0, 1)).rows(torch.ones(2, 3), 0, torch.ones(2, 3), lora.Scratch(6))
+        sums.AddLora(sums.PlacedUpdate(update, 0, 1)).rows(torch.ones(2, 3), 0, torch.ones(2, 3), lora.Scratch(6))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from portllm.checkpoint.files import hashing as fingerprint
-from portllm.checkpoint.verification.proof import Sample
+from portllm.checkpoint.verification.proof import TensorSample
 from portllm.errors import VerificationError
 from portllm.params import PortParams
 from portllm.verbs import port, verify
@@ -25,7 +25,7 @@ CHOSEN = {
     "llama-tied-tokens-apart", "qwen2-lora_bias", "qwen2-bias-all", "gpt2-dora", "gpt2-hub-save-head",
     "mixtral-attention+experts+router", "gpt_oss-experts", "t5-linears",
 }  # fmt: skip
-ALL = Sample(everything=True)
+ALL = TensorSample(everything=True)
 
 
 def forge(folder: Path) -> None:

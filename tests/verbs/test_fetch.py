@@ -13,7 +13,9 @@ import torch
 from click.testing import CliRunner
 
 from portllm.amounts import size
-from portllm.checkpoint.files import copying, output
+from portllm.checkpoint.base import copying
+from portllm.checkpoint.files import copying as file_copying
+from portllm.checkpoint.files import output
 from portllm.checkpoint.files.hashing import fingerprint
 from portllm.checkpoint.record.records import ReleaseRecord
 from portllm.cli import main
@@ -118,7 +120,7 @@ def test_a_copied_directory_is_complete_or_absent(
     with pytest.raises(OutputError, match="overlaps the input"):
         fetch.run(out=published / "inside", params=FetchParams(source=str(published)))
     monkeypatch.setattr(output, "MARGIN_BYTES", 1 << 60)
-    monkeypatch.setattr(copying, "_cloned", lambda *_: False)
+    monkeypatch.setattr(copying, "clone", lambda *_: False)
     with pytest.raises(OutputError, match="the next file needs"):
         fetch.run(out=tmp_path / "v1", params=FetchParams(source=str(published)))
     (published / "model-00002-of-00002.safetensors").unlink()
@@ -142,14 +144,14 @@ def test_every_way_of_copying_gives_the_same_bytes(
     tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     if way != "clone":
-        monkeypatch.setattr(copying, "_cloned", lambda *_: False)
+        monkeypatch.setattr(copying, "clone", lambda *_: False)
     if way == "memory":
 
         def refuse(*_: Any) -> int:
             raise OSError(18, "Invalid cross-device link")
 
         monkeypatch.setattr("os.copy_file_range", refuse)
-    monkeypatch.setattr(copying, "PIECE_BYTES", 100)
+    monkeypatch.setattr(file_copying, "KERNEL_BYTES", 100)
     progress: list[tuple[int, int]] = []
     out = tmp_path / "out"
     out.mkdir()

@@ -219,8 +219,8 @@ def test_nothing_is_read_at_length_before_the_plan_stands(
 ) -> None:
     altered(bench)
     lora_on(bench, module, torch.ones(2, 4), torch.ones(rows, 2))
-    for reader in ("reader.read_tensor", "pairs.read_tensor", "reader.read_exactly"):
-        monkeypatch.setattr(f"portllm.checkpoint.{reader}", lambda *_: pytest.fail("read"))
+    for reader in ("read", "array", "rows"):
+        monkeypatch.setattr(f"portllm.checkpoint.files.tensors.TensorEntry.{reader}", lambda *_: pytest.fail("read"))
     with pytest.raises(error):
         bench.run()
 

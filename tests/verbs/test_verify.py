@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import portllm
 from portllm.checkpoint.files import hashing as fingerprint
 from portllm.checkpoint.record.records import PortRecord
-from portllm.checkpoint.verification.proof import Sample
+from portllm.checkpoint.verification.proof import TensorSample
 from portllm.cli import main
 from portllm.errors import CheckpointError, ParamsError, PortllmError, UnsafeFileError, VerificationError
 from portllm.params import PortParams
@@ -122,7 +122,7 @@ def contents(folder: Path) -> Iterator[tuple[str, bytes]]:
 def test_an_untouched_port_is_proven_and_left_as_it_is(world: World) -> None:
     before = list(contents(world.base.parent))
     assert verify.run(folder=world.merged).proof is None
-    merged = world.proven(world.merged, sample=Sample(everything=True)).proof
+    merged = world.proven(world.merged, sample=TensorSample(everything=True)).proof
     assert merged is not None
     assert set(merged.recomputed) == {f"{module}.weight" for module in (*MODULES, WIDE)}
     assert (merged.identical, merged.changed, merged.too_large) == (3, 5, ())
@@ -133,11 +133,11 @@ def test_an_untouched_port_is_proven_and_left_as_it_is(world: World) -> None:
 
 
 def test_the_sample_has_the_largest_and_follows_the_seed(world: World) -> None:
-    proofs = [world.proven(world.merged, sample=Sample(2, seed=seed)).proof for seed in range(8)]
+    proofs = [world.proven(world.merged, sample=TensorSample(2, seed=seed)).proof for seed in range(8)]
     samples = {proof.recomputed for proof in proofs if proof is not None}
     assert all(f"{WIDE}.weight" in sample and len(sample) == 2 for sample in samples)
     assert len(samples) > 1
-    again = world.proven(world.merged, sample=Sample(2, seed=0)).proof
+    again = world.proven(world.merged, sample=TensorSample(2, seed=0)).proof
     assert again == proofs[0]
 
 
@@ -175,7 +175,7 @@ def test_a_forged_changed_tensor_is_named(world: World, step: float) -> None:
     forge(world.merged)
     verify.run(folder=world.merged)  # port.json alone cannot know
     with pytest.raises(VerificationError, match=rf"{tensor}: element \[3, 5\]"):
-        world.proven(world.merged, sample=Sample(everything=True))
+        world.proven(world.merged, sample=TensorSample(everything=True))
 
 
 def test_a_forged_untouched_tensor_is_named(world: World) -> None:
@@ -326,7 +326,7 @@ def test_base_and_patch_go_together(world: World) -> None:
     with pytest.raises(ParamsError, match="--onto BASE --patch PATCH"):
         verify.run(folder=world.merged, onto=world.base)
     with pytest.raises(ParamsError, match="at least 1"):
-        world.proven(world.merged, sample=Sample(0))
+        world.proven(world.merged, sample=TensorSample(0))
 
 
 def test_on_the_command_line_and_in_python(world: World) -> None:

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from portllm.checkpoint.adapter.config import CONFIG
 from portllm.checkpoint.adapter.factors import LoraPair, TokenRows
 from portllm.checkpoint.adapter.targeting import OUTPUTS, all_linear, matched, saved_whole, scalings, with_parameters
-from portllm.checkpoint.files.headers import Header, TensorEntry, times
+from portllm.checkpoint.files.headers import Header
+from portllm.checkpoint.files.names import ADAPTER_CONFIG as CONFIG
+from portllm.checkpoint.files.tensors import TensorEntry, times
 from portllm.errors import PatchError, ShapeError, UnmatchedModulesError, UnsupportedPatchError
 
 PREFIX = "base_model.model."
@@ -190,7 +191,7 @@ def _pair(module: str, sides: Sides, known: tuple[int, float], config: Mapping[s
         )
     kind = "embedding" if embedding else "linear"
     magnitude, bias = sides.get("lora_magnitude_vector"), sides.get("lora_B.bias")
-    pair = LoraPair(module, "embedding" if embedding else "linear", path, a, b, rank, scale, magnitude, bias)
+    pair = LoraPair(module, "embedding" if embedding else "linear", a, b, rank, scale, magnitude, bias)
     for vector, length in ((magnitude, pair.shape[kind == "embedding"]), (bias, pair.shape[0])):
         if vector is not None and vector.shape != (length,):
             raise ShapeError(f"{vector.name} is {times(vector.shape)}, expected {length}; was the patch saved whole?")
@@ -219,7 +220,7 @@ def _stack(owner: str, levels: Mapping[int, Sides], path: Path) -> tuple[LoraPai
                 f"{name}: lora_A is {times(a.shape)} and lora_B is {times(b.shape)}, expected one rank between them; "
                 "was the patch saved whole?"
             )
-        pairs.append(LoraPair(owner, "parameter", path, a, b, 1, float("nan")))
+        pairs.append(LoraPair(owner, "parameter", a, b, 1, float("nan")))
     return tuple(pairs)
 
 
@@ -350,7 +351,7 @@ def _token_rows(module: str, entry: TensorEntry, config: Mapping[str, Any], path
         raise ShapeError(
             f"{entry.name} is {times(entry.shape)}, expected {len(indices)} rows (trainable_token_indices)"
         )
-    return TokenRows(module, indices, path, entry)
+    return TokenRows(module, indices, entry)
 
 
 def _check_tokens(config: Mapping[str, Any], contents: Contents, path: Path) -> None:

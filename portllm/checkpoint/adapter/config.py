@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from portllm.checkpoint.adapter.patterns import PLAIN
-from portllm.checkpoint.base.checkpoint import read_json_object
-from portllm.checkpoint.files.headers import reading
+from portllm.checkpoint.files.names import ADAPTER_CONFIG as CONFIG
+from portllm.checkpoint.files.reading import read_json_object, reading
 from portllm.errors import PatchError, UnsupportedPatchError
 
-CONFIG = "adapter_config.json"
 MAX_BYTES = 8 << 20
 MAX_NAMES, MAX_CHARACTERS = 500, 200  # of modules_to_save and layers_pattern, each tried on every module
 

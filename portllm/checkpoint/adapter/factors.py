@@ -1,4 +1,4 @@
-"""What a patch holds for one module: a pair of low-rank factors, or the rows of some tokens; read when asked for.
+"""The patch of one module: a pair of low-rank factors, or the rows of some tokens; values are read on access.
 
 LoRA: arXiv:2106.09685; DoRA: arXiv:2402.09353. How PEFT packs the factors of several experts into one pair of matrices:
 `ParamWrapper.get_delta_weight` of peft 0.21.
@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from portllm.checkpoint.base.checkpoint import read_array, read_tensor
-from portllm.checkpoint.files.headers import TensorEntry
+from portllm.checkpoint.files.tensors import TensorEntry
 from portllm.errors import PatchError, ShapeError
 
 if TYPE_CHECKING:
@@ -37,7 +35,6 @@ class LoraPair:
 
     module: str
     kind: PairKind
-    path: Path
     a_entry: TensorEntry
     b_entry: TensorEntry
     rank: int
@@ -47,7 +44,7 @@ class LoraPair:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, columns) of the update; of one expert's for a parameter."""
+        """(rows, columns) of the update; of one expert's update for a parameter."""
         if self.kind == "embedding":
             return self.a_entry.shape[1], self.b_entry.shape[0]
         return self.b_entry.shape[0], self.a_entry.shape[1]
@@ -60,17 +57,17 @@ class LoraPair:
     @property
     def a(self) -> torch.Tensor:
         """A (r, columns) in its own dtype. Raises PatchError where it is not finite."""
-        return self.read(self.b_entry).T if self.kind == "embedding" else self.read(self.a_entry)
+        return read_finite(self.b_entry).T if self.kind == "embedding" else read_finite(self.a_entry)
 
     @property
     def b(self) -> torch.Tensor:
         """B (rows, r) in its own dtype. Raises PatchError where it is not finite."""
-        return self.read(self.a_entry).T if self.kind == "embedding" else self.read(self.b_entry)
+        return read_finite(self.a_entry).T if self.kind == "embedding" else read_finite(self.b_entry)
 
     @property
     def arrays(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """`a` and `b` as arrays, bfloat16 as float32. Raises PatchError where one is not finite."""
-        a, b = read_finite_array(self.path, self.a_entry), read_finite_array(self.path, self.b_entry)
+        a, b = read_finite_array(self.a_entry), read_finite_array(self.b_entry)
         return (b.T, a.T) if self.kind == "embedding" else (a, b)
 
     @property
@@ -83,14 +80,12 @@ class LoraPair:
         """lora_B's bias (out,), to be scaled like Δ. Raises PatchError where there is none or it is not finite."""
         return self._vector(self.bias, "lora_B.bias")
 
-    def read(self, entry: TensorEntry) -> torch.Tensor:
-        """One tensor of the patch's file in its own dtype. Raises PatchError where it is not finite."""
-        return read_finite(self.path, entry)
-
     def _vector(self, entry: TensorEntry | None, what: str) -> torch.Tensor:
         if entry is None:
-            raise PatchError(f"{self.path}: {self.module} has no {what}; expected one, was the patch saved whole?")
-        return self.read(entry).reshape(-1)
+            raise PatchError(
+                f"{self.a_entry.path}: {self.module} has no {what}; expected one, was the patch saved whole?"
+            )
+        return read_finite(entry).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -99,42 +94,53 @@ class TokenRows:
 
     module: str
     indices: tuple[int, ...]
-    path: Path
     entry: TensorEntry
 
     @property
     def values(self) -> torch.Tensor:
         """The new rows (len(indices), dim) in their own dtype. Raises PatchError where one is not finite."""
-        return read_finite(self.path, self.entry)
+        return read_finite(self.entry)
 
 
-def read_finite(path: Path, entry: TensorEntry) -> torch.Tensor:
-    """One tensor of a patch in its own dtype. Raises PatchError where it is not finite, CheckpointError."""
-    tensor = read_tensor(path, entry)
+def read_finite(entry: TensorEntry) -> torch.Tensor:
+    """Return one tensor of a patch in its own dtype. Raises PatchError where it is not finite, CheckpointError."""
+    tensor = entry.read()
     if not tensor.isfinite().all():
-        raise PatchError(f"{path}: tensor {entry.name} holds NaN or infinity; expected finite values, train it again")
+        raise _not_finite(entry)
     return tensor
 
 
-def read_finite_array(path: Path, entry: TensorEntry) -> NDArray[Any]:
-    """One tensor of a patch as an array, bfloat16 as float32. Raises PatchError where it is not finite."""
+def read_finite_array(entry: TensorEntry) -> NDArray[Any]:
+    """Return one tensor of a patch as an array, bfloat16 as float32. Raises PatchError where it is not finite."""
     import numpy
 
-    array = read_array(path, entry)
+    array = entry.array()
     if not numpy.isfinite(array).all():
-        raise PatchError(f"{path}: tensor {entry.name} holds NaN or infinity; expected finite values, train it again")
+        raise _not_finite(entry)
     return array
 
 
-def factors(
-    pair: LoraPair, experts: int, expert: int, read: Callable[[Path, TensorEntry], Matrix] = read_finite
-) -> tuple[Matrix, Matrix]:
-    """(a (r, in), b (out, r)) of one expert; Δ of that expert = pair.scaling · b @ a.
+def check_finite(entry: TensorEntry) -> None:
+    """Raise PatchError when a tensor of a patch holds NaN or infinity; read in blocks."""
+    if not entry.is_finite():
+        raise _not_finite(entry)
 
-    lora_A (E·r, in) counts the expert slowest, lora_B (out, r·E) fastest. `read` may keep what it
-    read for the next expert. Raises ShapeError, PatchError.
+
+def _not_finite(entry: TensorEntry) -> PatchError:
+    return PatchError(
+        f"{entry.path}: tensor {entry.name} holds NaN or infinity; expected finite values, train the patch again"
+    )
+
+
+def factors(
+    pair: LoraPair, experts: int, expert: int, read: Callable[[TensorEntry], Matrix] = read_finite
+) -> tuple[Matrix, Matrix]:
+    """Return (a (r, in), b (out, r)) of one expert; Δ of that expert = pair.scaling · b @ a.
+
+    lora_A (E·r, in) counts the expert slowest, lora_B (out, r·E) fastest. `read` may cache
+    tensors for the next expert. Raises ShapeError, PatchError.
     """
-    a, b = read(pair.path, pair.a_entry), read(pair.path, pair.b_entry)
+    a, b = read(pair.a_entry), read(pair.b_entry)
     if a.shape[0] != experts * pair.rank or b.shape[1] != experts * pair.rank or not 0 <= expert < experts:
         raise ShapeError(
             f"{pair.module}: the patch holds {pair.experts} experts of rank {pair.rank}, expected {experts}; "

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from portllm.checkpoint.adapter.classification import sort_out
-from portllm.checkpoint.adapter.config import CONFIG as CONFIG
 from portllm.checkpoint.adapter.config import Init, init_of, read_config
 from portllm.checkpoint.adapter.factors import LoraPair, TokenRows
 from portllm.checkpoint.adapter.targeting import scaling as scaling
-from portllm.checkpoint.files.headers import Header, TensorEntry, read_header, reading
+from portllm.checkpoint.files.headers import Header, read_header
+from portllm.checkpoint.files.names import ADAPTER_CONFIG as CONFIG
+from portllm.checkpoint.files.names import ADAPTER_WEIGHTS as WEIGHTS
+from portllm.checkpoint.files.names import PICKLE_SUFFIXES
+from portllm.checkpoint.files.reading import kind_of, reading
+from portllm.checkpoint.files.tensors import TensorEntry
 from portllm.checkpoint.record.records import PatchRecord
 from portllm.errors import PatchError, UnsafeFileError
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,11 @@ class Patch:
 
     modules: LoRA on linear modules and embeddings, by module.
     stacks: LoRA on parameters (target_parameters), by the module that holds them, outermost wrapper first;
-    adapter_config.stack_pairs tells which parameter each is for, and its rank and scaling.
+    targeting.stack_pairs finds the parameter that each is for, and its rank and scaling.
     replaced: parameters that take the base's place (modules_to_save, trained biases), by full name.
     tokens: rows that take the base's place (trainable_token_indices), by module.
-    saved: copies of the base's weights that PEFT wrote along, by module; no part of the patch, and `plan.check_saved`
-    proves that they are copies. idle: tensors without effect on the patched model, by name.
+    saved: copies of the base's weights that PEFT wrote along, by module; no part of the patch, and
+    `planning.check_saved` proves that they are copies. idle: tensors without effect on the patched model, by name.
     follows_tie: modules (or ends of their names) to which PEFT gives something only where the base ties them to its
     embedding: LoRA or whole weights by ensure_weight_tying, or the embedding's trained rows.
     init: what the initialisation took out of the old base.
@@ -55,20 +57,21 @@ class Patch:
 
     @classmethod
     def open(cls, path: Path) -> Patch:
-        """Read config and header, place every tensor or refuse it by name; reads no tensor data.
+        """Read config and header, classify every tensor or refuse it by name; reads no tensor data.
 
         Raises PatchError, UnsupportedPatchError, UnmatchedModulesError, ShapeError, UnsafeFileError or CheckpointError.
         """
         with reading(path):
             if not path.is_dir():
-                raise PatchError(f"{path}: expected a PEFT directory, found {_kind(path)}; check the path")
+                raise PatchError(f"{path}: expected a PEFT directory, found {kind_of(path)}; check the path")
         config = read_config(path)
         header = read_header(_weights(path))
-        found = sort_out(config, header)
+        contents = sort_out(config, header)
         record = PatchRecord.find(path)
         return cls(
-            path, config, header, found.modules, found.saved, record, found.stacks, found.replaced, found.tokens,
-            init_of(config, path / CONFIG), found.idle, frozenset(found.follows_tie),
+            path, config, header, contents.modules, contents.saved, record,
+            contents.stacks, contents.replaced, contents.tokens,
+            init_of(config, path / CONFIG), contents.idle, frozenset(contents.follows_tie),
         )  # fmt: skip
 
     @property
@@ -88,9 +91,9 @@ class Patch:
 
     @property
     def beyond(self) -> str | None:
-        """What the patch does that is no Δ = s·BA added to modules, for people; None for plain LoRA."""
+        """What the patch changes that is no Δ = s·BA added to modules, for people; None for plain LoRA."""
         pairs = self.modules.values()
-        found = {
+        features = {
             "DoRA": any(pair.magnitude for pair in pairs),
             "lora_bias": any(pair.bias for pair in pairs),
             "target_parameters": self.stacks,
@@ -98,13 +101,13 @@ class Patch:
             "trained tokens": self.tokens,
             f"init_lora_weights={self.init}": self.init != "plain",
         }
-        return next((what for what, there in found.items() if there), None)
+        return next((what for what, there in features.items() if there), None)
 
 
 def _weights(path: Path) -> Path:
     if (path / WEIGHTS).is_file():
         return path / WEIGHTS
-    pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLE_SUFFIXES)
     if not pickles:
         raise PatchError(f"{path}: has no {WEIGHTS}; expected a directory written by PEFT's save_pretrained")
     code = (
@@ -114,7 +117,3 @@ def _weights(path: Path) -> Path:
     )
     command = shlex.join(["python", "-c", code, str(path / pickles[0]), str(path / WEIGHTS)])
     raise UnsafeFileError(f"{path / pickles[0]}: is a pickle file, expected {WEIGHTS}; convert it with: {command}")
-
-
-def _kind(path: Path) -> str:
-    return "a file" if path.exists() else "nothing"

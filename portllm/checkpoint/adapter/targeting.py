@@ -13,9 +13,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from portllm.checkpoint.adapter.config import CONFIG, names_of
+from portllm.checkpoint.adapter.config import names_of
 from portllm.checkpoint.adapter.factors import LoraPair
 from portllm.checkpoint.adapter.patterns import TAIL, WHOLE, first_matches
+from portllm.checkpoint.files.names import ADAPTER_CONFIG as CONFIG
 from portllm.errors import PatchError, ShapeError, UnmatchedModulesError, UnsupportedPatchError
 
 ALL_LINEAR = "all-linear"

@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from portllm.checkpoint.base.checkpoint import Checkpoint, read_json_object
-from portllm.checkpoint.files.headers import times
+from portllm.checkpoint.base.checkpoint import Checkpoint
+from portllm.checkpoint.files.reading import read_json_object
+from portllm.checkpoint.files.tensors import times
 from portllm.errors import CheckpointError
 
 TOKENIZER = "tokenizer.json"
 EXAMPLES = 10
-# of whoever saved the file, not of the model
+# keys that depend on who saved the file, not on the model
 IDLE_KEYS = frozenset({"_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype"})
 
 
 def changes(old: Path, new: Path) -> dict[str, Any]:
-    """What differs in `new`, each entry only where something does.
+    """Return what differs in `new`, each entry only where something does.
 
     vocab_size and dtype: [old, new]; tokens: how many were added, removed and renumbered, with examples; config: key →
     [old, new]; shapes: tensor → "old → new"; tensors: names added and removed. Raises CheckpointError.
@@ -29,22 +30,22 @@ def changes(old: Path, new: Path) -> dict[str, Any]:
         "dtype": (_dtype(before), _dtype(after)),
     }
     found: dict[str, Any] = {name: list(pair) for name, pair in pairs.items() if pair[0] != pair[1]}
-    both = set(before.where) & set(after.where)
+    both = set(before.tensors) & set(after.tensors)
     parts = {
         "tokens": _tokens(old, new),
         "config": _config(before.config, after.config),
         "shapes": {
-            name: f"{times(before.shape(name))} → {times(after.shape(name))}"
+            name: f"{times(before.tensors[name].shape)} → {times(after.tensors[name].shape)}"
             for name in sorted(both)
-            if before.shape(name) != after.shape(name)
+            if before.tensors[name].shape != after.tensors[name].shape
         },
-        "tensors": _names(set(before.where), set(after.where)),
+        "tensors": _names(set(before.tensors), set(after.tensors)),
     }
     return found | {name: part for name, part in parts.items() if part}
 
 
 def summary(found: Mapping[str, Any]) -> str:
-    """One line for people."""
+    """Return the changes in one line for people."""
     parts = []
     if "vocab_size" in found:
         parts.append("vocabulary {} → {}".format(*found["vocab_size"]))
@@ -62,7 +63,7 @@ def summary(found: Mapping[str, Any]) -> str:
 
 
 def _dtype(checkpoint: Checkpoint) -> str:
-    """The dtype most numbers are in, as safetensors spells it."""
+    """Return the dtype of most bytes, as safetensors spells it."""
     counts: Counter[str] = Counter()
     for shard in checkpoint.shards:
         for entry in shard.tensors.values():
@@ -93,7 +94,7 @@ def _tokens(old: Path, new: Path) -> dict[str, Any]:
 
 
 def _vocabulary(folder: Path) -> dict[str, int] | None:
-    """Token → id of a tokenizer.json, None where there is none. Raises CheckpointError."""
+    """Return token → id of a tokenizer.json, None where there is none. Raises CheckpointError."""
     path = folder / TOKENIZER
     if not path.is_file():
         return None

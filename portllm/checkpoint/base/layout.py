@@ -1,7 +1,7 @@
-"""Where a model's parameters are on disk: the names in memory (transformers', PEFT's) beside those in the files.
+"""Where a model's parameters are on disk: the names in memory (transformers', PEFT's) next to those in the files.
 
 For most architectures the two are the same, and `plain` needs no library to say so. Where transformers renames, fuses
-or splits tensors on loading, `portllm.lm.names.layout` asks transformers itself and fills the same objects.
+or splits tensors on loading, `portllm.lm.names.layout` has transformers itself rename them and fills the same objects.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from portllm.checkpoint.base.checkpoint import Checkpoint, equal_values
+from portllm.checkpoint.base.checkpoint import Checkpoint
 
 Kind = Literal["linear", "conv1d", "embedding", "other"]
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredBlock:
     """A block of one tensor on disk that is a block of one parameter in memory.
 
     parameter[at] equals tensor[of], its last two axes swapped where `transposed`. `at` indexes the parameter: an int
@@ -32,7 +32,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Module:
-    """A module of the model in memory that holds parameters of its own: its kind and their names and shapes.
+    """A module of the model in memory that has parameters of its own: its kind and their names and shapes.
 
     `transposed` is transformers' `is_transposed` of fused experts: a weight is (experts, in, out), not the other way.
     """
@@ -46,25 +46,25 @@ class Module:
 class Layout:
     """A model's modules and where their parameters are on disk.
 
-    `parts` is keyed by the parameter's full name in memory; a parameter absent from it is not on disk. `tied` maps the
+    `blocks` is keyed by the parameter's full name in memory; a parameter absent from it is not on disk. `tied` maps the
     parameter that is another one in memory (an output head, usually) to that other, which is the one on disk.
-    `opaque` says of a parameter that is on disk but not as blocks how it is stored; `absent` gives a parameter that is
-    not on disk the name it would have there; `architecture` is the class in memory (both empty where nobody was asked).
+    `opaque` describes how a parameter is stored that is on disk but not as blocks; `absent` gives a parameter that is
+    not on disk the name it would have there; `architecture` is the class in memory (both empty for a plain layout).
     """
 
     modules: Mapping[str, Module]
-    parts: Mapping[str, tuple[Part, ...]]
+    blocks: Mapping[str, tuple[StoredBlock, ...]]
     tied: Mapping[str, str]
     opaque: Mapping[str, str] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
     architecture: str = ""
 
 
-# model types whose tensors are in memory as they are on disk (a test compares each with what transformers says)
+# model types whose tensors are in memory as they are on disk (a test compares each with transformers)
 PLAIN = frozenset({
     "gemma", "gemma2", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3",
 })  # fmt: skip
-# of these, the ones whose class unties the head when config.json does not say
+# of these, those whose class unties the head when config.json has no entry for it
 UNTIED_BY_DEFAULT = PLAIN - {"gemma", "gemma2", "gpt2"}
 
 # transformers' Conv1D keeps its weight as (in, out)
@@ -77,36 +77,36 @@ HEAD = "lm_head"
 
 
 def plain(base: Checkpoint) -> Layout:
-    """The layout of a checkpoint whose names on disk are those in memory, but for the few exceptions above."""
+    """Return the layout of a checkpoint whose names on disk are those in memory, but for the few exceptions above."""
     kind = str(base.config.get("model_type"))
     prefix = PREFIX.get(kind, "")
-    if any(name.startswith(prefix) for name in base.where):
+    if any(name.startswith(prefix) for name in base.tensors):
         prefix = ""
     shapes: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-    parts: dict[str, tuple[Part, ...]] = {}
-    for disk in base.where:
+    blocks: dict[str, tuple[StoredBlock, ...]] = {}
+    for disk in base.tensors:
         module, _, leaf = _in_memory(disk, kind, prefix).rpartition(".")
-        shape = base.shape(disk)
+        shape = base.entry(disk).shape
         shapes[module][leaf] = shape
-        parts[f"{module}.{leaf}"] = (whole(disk, shape),)
+        blocks[f"{module}.{leaf}"] = (whole(disk, shape),)
     modules = {name: Module(_kind(name, kind, own), own) for name, own in shapes.items()}
     tied: dict[str, str] = {}
     embedding, head = f"{EMBEDDING.get(kind, 'model.embed_tokens')}.weight", f"{HEAD}.weight"
-    if _ties(base.config, kind) and embedding in parts and _same(base, parts.get(head), parts[embedding]):
+    if _ties(base.config, kind) and embedding in blocks and _same(base, blocks.get(head), blocks[embedding]):
         tied[head] = embedding
-        parts.pop(head, None)
-        modules[HEAD] = Module("linear", {"weight": base.shape(parts[embedding][0].tensor)})
-    return Layout(modules, parts, tied)
+        blocks.pop(head, None)
+        modules[HEAD] = Module("linear", {"weight": base.entry(blocks[embedding][0].tensor).shape})
+    return Layout(modules, blocks, tied)
 
 
-def whole(tensor: str, shape: tuple[int, ...]) -> Part:
-    """The part that is a whole tensor and a whole parameter."""
+def whole(tensor: str, shape: tuple[int, ...]) -> StoredBlock:
+    """Return the block that is a complete tensor and a complete parameter."""
     spans = tuple((0, n) for n in shape)
-    return Part(tensor, spans, spans)
+    return StoredBlock(tensor, spans, spans)
 
 
 def on_disk(parameter: str, base: Checkpoint) -> str:
-    """What a parameter that is not on disk yet is called there, in a model whose other names are plain."""
+    """Return the name on disk of a parameter that is not there yet, in a model whose other names are plain."""
     kind = str(base.config.get("model_type"))
     module, _, leaf = parameter.rpartition(".")
     return f"{HEAD_ON_DISK.get(kind, module) if module == HEAD else module}.{leaf}"
@@ -129,19 +129,26 @@ def _kind(module: str, kind: str, own: Mapping[str, tuple[int, ...]]) -> Kind:
 
 
 def is_embedding(module: str) -> bool:
-    """Whether a module's name is that of an embedding table."""
+    """Return whether a module's name is that of an embedding table."""
     leaf = module.rpartition(".")[2]
     return leaf != HEAD and leaf != "embed_out" and ("embed" in leaf or leaf in ("wte", "wpe", "shared"))
 
 
-def _same(base: Checkpoint, head: tuple[Part, ...] | None, embedding: tuple[Part, ...]) -> bool:
-    """Whether a head is its embedding: not on disk, or a copy there (transformers leaves two different ones two)."""
+def _same(base: Checkpoint, head: tuple[StoredBlock, ...] | None, embedding: tuple[StoredBlock, ...]) -> bool:
+    """Return whether a head is its embedding: not on disk, or a copy there (transformers keeps two different ones)."""
     if head is None:
         return True
-    one, other = ((base.where[p.tensor].path, base.entry(p.tensor)) for p in (head[0], embedding[0]))
-    return equal_values(one, other)
+    return base.entry(head[0].tensor).equals(base.entry(embedding[0].tensor))
 
 
 def _ties(config: Mapping[str, object], kind: str) -> bool:
     tied = config.get("tie_word_embeddings")
     return kind not in UNTIED_BY_DEFAULT if tied is None else bool(tied)
+
+
+def stored_tensor(parameter: str, layout: Layout) -> str | None:
+    """Return the tensor on disk that is this complete parameter, or the one it is tied to; None for several or none."""
+    blocks = layout.blocks.get(layout.tied.get(parameter, parameter), ())
+    if len(blocks) == 1 and not blocks[0].transposed and all(isinstance(axis, tuple) for axis in blocks[0].at):
+        return blocks[0].tensor
+    return None

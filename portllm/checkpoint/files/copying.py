@@ -1,82 +1,72 @@
-"""A whole checkpoint copied: the file system shares the bytes where it can, else the kernel copies them."""
+"""Bytes of one file copied: shared by the file system where it can, otherwise by the kernel or through memory."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
-from portllm.checkpoint.base.checkpoint import INDEX, Checkpoint
-from portllm.checkpoint.files.headers import open_input
-from portllm.checkpoint.files.names import companions
-from portllm.checkpoint.files.output import check_room
-from portllm.checkpoint.writing.stream import FICLONE
-from portllm.checkpoint.writing.writer import Meter
+from portllm.checkpoint.files.hashing import file_hash
+from portllm.checkpoint.files.progress import ByteMeter
+from portllm.checkpoint.files.reading import open_input, reading
 from portllm.errors import CheckpointError
 
-PIECE_BYTES = 64 << 20
-
-Progress = Callable[[int, int], None]
-
-
-def copy_checkpoint(source: Path, folder: Path, on_progress: Progress | None = None) -> None:
-    """Copy config, weights, index and companions of `source` into `folder`; links are followed.
-
-    `on_progress(bytes done, bytes in all)`. Raises CheckpointError when the source is not whole, OutputError for lack
-    of room, OSError.
-    """
-    base = Checkpoint.open(source)
-    files = {shard.path.name: shard.path for shard in base.shards}
-    files |= {name: source / name for name in (INDEX,) if (source / name).is_file()}
-    files |= companions(source, source)
-    meter = Meter(sum(path.stat().st_size for path in files.values()), on_progress)
-    for name, path in sorted(files.items()):
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        size = path.stat().st_size
-        if _cloned(path, target):
-            meter.add(size)
-        else:
-            check_room(folder, size, "the next file needs")
-            _copy(path, target, meter)
+FICLONE = 0x40049409  # ioctl_ficlone(2)
+KERNEL_BYTES = 64 << 20  # copied at a time by the kernel
+COPY_BYTES = 1 << 20  # copied at a time through memory
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy what stands beside the weights of `source`, config.json among it, over what is in `folder`."""
-    for name, path in companions(source, source).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / name)
-
-
-def _cloned(source: Path, target: Path) -> bool:
-    """Whether the file system (btrfs, XFS) let `target` share the bytes of `source`."""
-    with open_input(source) as old, target.open("wb") as new:
-        try:
-            fcntl.ioctl(new, FICLONE, old.fileno())
-        except OSError:
-            return False
+def share_blocks(source: int, target: int) -> bool:
+    """Have the open file `target` share the blocks of `source` (btrfs, XFS); return whether the file system did."""
+    try:
+        fcntl.ioctl(target, FICLONE, source)
+    except OSError:  # not on this file system, or not across two of them
+        return False
     return True
 
 
-def _copy(source: Path, target: Path, meter: Meter) -> None:
+def clone(source: Path, target: Path) -> bool:
+    """Make `target` share the bytes of `source`; return whether the file system did."""
+    with open_input(source) as old, target.open("wb") as new:
+        return share_blocks(old.fileno(), new.fileno())
+
+
+def copy_bytes(source: Path, target: Path, meter: ByteMeter) -> None:
+    """Copy one file's bytes, following links. Raises CheckpointError when it becomes shorter meanwhile, OSError."""
     with open_input(source) as old, target.open("wb", buffering=0) as new:
         left = os.fstat(old.fileno()).st_size
         while left:
-            count = _piece(old.fileno(), new.fileno())
+            count = _copy_some(old.fileno(), new.fileno())
             if count == 0:
                 raise CheckpointError(f"{source}: became shorter while it was copied; leave inputs alone and try again")
             left -= count
             meter.add(count)
 
 
-def _piece(old: int, new: int) -> int:
-    """Bytes copied by the kernel, or through memory where it cannot: across some file systems."""
+def copy_and_hash(source: Path, target: Path, meter: ByteMeter) -> str:
+    """Copy one file's bytes, following links, and return their BLAKE3."""
+    digest = file_hash("blake3")
+    buffer = memoryview(bytearray(COPY_BYTES))
+    with open_input(source) as file, target.open("wb") as writing:
+        while count := _read_some(file, buffer, source):
+            digest.update(buffer[:count])
+            writing.write(buffer[:count])
+            meter.add(count)
+    return digest.hexdigest()
+
+
+def _read_some(file: BinaryIO, buffer: memoryview, path: Path) -> int:
+    with reading(path):
+        return os.readv(file.fileno(), [buffer])
+
+
+def _copy_some(old: int, new: int) -> int:
+    """Copy some bytes by the kernel, or through memory where it cannot: across some file systems."""
     try:
-        return os.copy_file_range(old, new, PIECE_BYTES)
+        return os.copy_file_range(old, new, KERNEL_BYTES)
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-    return os.write(new, os.read(old, 1 << 20))
+    return os.write(new, os.read(old, COPY_BYTES))

@@ -1,8 +1,8 @@
-"""One hex digest of what a checkpoint or patch computes with: names, dtypes, shapes and bytes of its tensors.
+"""Digests: of a tensor, of a file, and the fingerprint of a checkpoint or patch (names, dtypes, shapes and bytes).
 
-The digest is BLAKE3 over one line per tensor in sorted order, each with the BLAKE3 of the tensor's bytes; so it does
-not depend on sharding, on the order in a file, or on metadata. Digests of tensors are kept per file in the user's cache
-directory, under the file's identity (device, inode, size, mtime and ctime in ns).
+A fingerprint is BLAKE3 over one line per tensor in sorted order, each with the BLAKE3 of the tensor's bytes, so it does
+not depend on sharding, on the order in a file, or on metadata. Digests of tensors are cached per file in the user's
+cache directory, under the file's identity (device, inode, size, mtime and ctime in ns).
 
 BLAKE3 (O'Connor, Aumasson, Neves, Wilcox-O'Hearn, 2020) is meant to be as strong as SHA-256 and is four times as fast.
 """
@@ -20,16 +20,16 @@ from typing import Literal, Protocol
 
 from blake3 import blake3
 
-from portllm.checkpoint.base.checkpoint import read_exactly, shard_names
-from portllm.checkpoint.files.headers import Header, TensorEntry, open_input, read_header
+from portllm.checkpoint.files.headers import Header, read_headers
 from portllm.checkpoint.files.output import staged_file
+from portllm.checkpoint.files.reading import open_input, read_exactly
+from portllm.checkpoint.files.tensors import TensorEntry
 from portllm.errors import OutputError
 
 PIECE_BYTES = 1 << 20
 SETTLED_NS = 2_000_000_000  # a file younger than this could change again within one tick of its clock
-ADAPTER = "adapter_model.safetensors"
 Algorithm = Literal["blake3", "sha256"]  # of a file's digest
-KIND = "blake3"  # of the digests in the cache: others are not believed
+KIND = "blake3"  # of the digests in the cache: others are ignored
 
 
 class Hash(Protocol):
@@ -43,36 +43,30 @@ class Hash(Protocol):
 
 
 def fingerprint(path: Path) -> str:
-    """Hex digest of the tensors below `path`, a checkpoint or a patch directory. Raises CheckpointError."""
-    return combine(digests(headers(path)))
-
-
-def headers(path: Path) -> list[Header]:
-    """The safetensors headers of a checkpoint or patch directory. Raises CheckpointError."""
-    names = [ADAPTER] if (path / ADAPTER).is_file() else shard_names(path)
-    return [read_header(path / name) for name in names]
+    """Return the hex digest of the tensors of a checkpoint or patch directory. Raises CheckpointError."""
+    return combine(digests(read_headers(path)))
 
 
 def digests(files: Iterable[Header], *, fresh: bool = False) -> dict[TensorEntry, str]:
-    """BLAKE3 of every tensor's bytes, from the cache where the file is unchanged (`fresh`: always from the bytes).
+    """Return the BLAKE3 of every tensor's bytes, from the cache where the file is unchanged.
 
-    Raises CheckpointError.
+    `fresh` ignores the cache. Raises CheckpointError.
     """
-    found: dict[TensorEntry, str] = {}
+    digests: dict[TensorEntry, str] = {}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for shard in files:
-            known = (None if fresh else cached(shard)) or _file_digests(shard, pool)
-            found.update({entry: known[name] for name, entry in shard.tensors.items()})
-    return found
+            by_name = (None if fresh else cached(shard)) or _file_digests(shard, pool)
+            digests.update({entry: by_name[name] for name, entry in shard.tensors.items()})
+    return digests
 
 
 def tensor_hash() -> blake3:
-    """What a tensor's bytes are hashed with."""
+    """Return a new hash for the bytes of a tensor."""
     return blake3()
 
 
 def combine(tensors: Mapping[TensorEntry, str]) -> str:
-    """The fingerprint made of the digests of single tensors."""
+    """Return the fingerprint made of the digests of single tensors."""
     total = blake3(b"portllm fingerprint 2\n")
     for entry in sorted(tensors, key=lambda e: e.name):
         line = json.dumps([entry.name, entry.dtype, list(entry.shape), tensors[entry]])
@@ -95,19 +89,19 @@ def file_digest(path: Path, algorithm: Algorithm = "sha256") -> str:
 
 
 def cached(shard: Header) -> dict[str, str] | None:
-    """Digests of a file's tensors as the cache knows them, or None when it does not know this very file."""
+    """Return the cached digests of a file's tensors, None when the cache has none of this file in this state."""
     try:
         tree = json.loads(_cache_file(shard.path).read_text(encoding="utf-8"))
         known = tree["tensors"]
         if (tree["kind"], tree["identity"]) == (KIND, identity(shard.path.stat())) and set(known) == set(shard.tensors):
             return {str(name): _hex(value) for name, value in known.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
-        pass  # absent, broken or not ours: as good as no cache
+        pass  # absent, broken or written by others
     return None
 
 
 def remember(shard: Header, known: Mapping[str, str], was: list[int]) -> None:
-    """Keep the digests of a file's tensors, unless the file is not what it `was` before or is still fresh."""
+    """Cache the digests of a file's tensors, unless its identity is no longer `was` or it was written just now."""
     text = json.dumps({"kind": KIND, "identity": was, "tensors": dict(known)})
     try:
         if identity(shard.path.stat()) != was or time.time_ns() - max(was[-2:]) < SETTLED_NS:
@@ -122,24 +116,24 @@ def _file_digests(shard: Header, pool: Executor) -> dict[str, str]:
     with open_input(shard.path) as file:
         was = identity(os.fstat(file.fileno()))
         entries = shard.tensors.values()
-        hashed = pool.map(lambda entry: _tensor_digest(file.fileno(), entry, shard.path), entries)
+        hashed = pool.map(lambda entry: _tensor_digest(file.fileno(), entry), entries)
         known = dict(zip(shard.tensors, hashed, strict=True))
     remember(shard, known, was)
     return known
 
 
-def _tensor_digest(handle: int, entry: TensorEntry, path: Path) -> str:
+def _tensor_digest(handle: int, entry: TensorEntry) -> str:
     total = tensor_hash()
     buffer = memoryview(bytearray(min(PIECE_BYTES, entry.nbytes)))
     for at in range(entry.start, entry.stop, PIECE_BYTES):
         piece = buffer[: entry.stop - at]
-        read_exactly(handle, piece, at, path)
+        read_exactly(handle, piece, at, entry.path)
         total.update(piece)
     return str(total.hexdigest())
 
 
 def identity(stat: os.stat_result) -> list[int]:
-    """What tells one state of a file from every other."""
+    """Return the values that distinguish one state of a file from every other."""
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 

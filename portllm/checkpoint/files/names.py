@@ -1,4 +1,4 @@
-"""The files of a checkpoint that are not its weights: which a ported directory takes along, and from where."""
+"""Names of files: of weights, configs and records, and the files that a ported directory gets besides its weights."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from portllm.checkpoint.files.headers import reading
+from portllm.checkpoint.files.reading import reading
 from portllm.errors import CheckpointError
 
-# weights in any format: a copy of the base's would stand unmerged beside the ported ones
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+CARD = "README.md"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# weights in any format: a copy of the base's would be unmerged weights next to the ported ones
 WEIGHT_SUFFIXES = frozenset({
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
     ".onnx_data", ".npz", ".pkl",

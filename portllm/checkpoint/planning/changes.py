@@ -1,28 +1,17 @@
-"""What a port will write: which tensor of the checkpoint changes, how, and by which tensors of the patch.
-
-Decided from headers alone, whole, before anything is written; every tensor of the patch is used exactly once, or the
-plan fails. The law: the planned checkpoint computes what PEFT's unmerged adapter computes on the same base.
-"""
+"""The changes that a port makes: which tensor of the checkpoint changes, how, and by which tensors of the patch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.base.checkpoint import Checkpoint, equal_values
-from portllm.checkpoint.base.layout import Layout
-from portllm.checkpoint.files.headers import BITS, Header, TensorEntry, times
-from portllm.checkpoint.planning.replacements import first_rows, grew
-from portllm.checkpoint.writing.placing import laid_out, plain_file
-from portllm.checkpoint.writing.targets import Target, TargetFile
-from portllm.errors import CheckpointError, ShapeError, UnsupportedPatchError
+from portllm.checkpoint.base.base import Base
+from portllm.checkpoint.files.tensors import times
+from portllm.errors import CheckpointError, UnsupportedPatchError
 
 if TYPE_CHECKING:
     from portllm.algebra.edits import Edit
-    from portllm.checkpoint.adapter.patch import Patch
 
 DTYPES = ("F32", "BF16", "F16")
 
@@ -31,9 +20,9 @@ DTYPES = ("F32", "BF16", "F16")
 class Change:
     """One tensor of the written checkpoint that is not the base's own.
 
-    `origin` is the base's tensor read alongside, of the same shape; None where the patch alone makes the tensor. Where
-    there is no `edit`, the origin's values are taken under the new name. `what` and `sources` (the patch's tensors) are
-    for people.
+    `origin` names the base's tensor that is read with it, of the same shape; None where the patch alone makes the
+    tensor. Without an `edit`, the origin's values are taken under the new name. `what` and `sources` (the patch's
+    tensors) are for people.
     """
 
     name: str
@@ -45,11 +34,54 @@ class Change:
     sources: tuple[str, ...] = ()
 
 
+@dataclass
+class ChangeSet:
+    """The changes to one base while a plan is made.
+
+    `modules` are the base's modules that the patch matches, `config` the keys that config.json gets, `extended` the
+    modules that only grew: their new rows are in the patch's copy of a base weight.
+    """
+
+    base: Base
+    changes: dict[str, Change] = field(default_factory=dict)
+    modules: set[str] = field(default_factory=set)
+    config: dict[str, Any] = field(default_factory=dict)
+    extended: list[str] = field(default_factory=list)
+
+    def add(
+        self, tensor: str, edit: Callable[[], Edit], what: str, sources: tuple[str, ...],
+        *, shape: tuple[int, ...] | None = None, reads: bool = True,
+    ) -> None:  # fmt: skip
+        """Add a change of a base tensor, or of the one a tied head gets; `reads`: its old values are needed.
+
+        Raises CheckpointError for a dtype that is not computed with, UnsupportedPatchError for a second change.
+        """
+        entry = self.base.origin(tensor)
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.base.path}: {entry.name} has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}; "
+                "port onto the release in floating point"
+            )
+        if tensor in self.changes:
+            raise UnsupportedPatchError(
+                f"{tensor}: is changed by {self.changes[tensor].sources[0]} and by {sources[0]}; expected one change"
+            )
+        self.changes[tensor] = Change(
+            tensor, entry.dtype, shape or entry.shape, entry.name if reads else None, edit, what, sources
+        )
+
+    def plan(self) -> Plan:
+        """Return the complete plan."""
+        total = self.base.linears | self.modules
+        changes = dict(sorted(self.changes.items()))
+        return Plan(changes, len(self.modules), len(total), self.config, tuple(self.extended))
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Every change by tensor name; how many of the base's modules that is; and what config.json must say afterwards.
+    """Every change by tensor name; how many of the base's modules match the patch; what config.json gets.
 
-    `extended` names the modules that only grew: their new rows are in the patch's copy of a base weight.
+    `extended` names the modules that only grew (see ChangeSet).
     """
 
     changes: Mapping[str, Change]
@@ -58,95 +90,19 @@ class Plan:
     config: Mapping[str, Any] = field(default_factory=dict)
     extended: tuple[str, ...] = ()
 
-    def tensors(self, base: Checkpoint) -> dict[str, int]:
-        """How many tensors of the written checkpoint are changed and how many copied."""
-        names = set(base.where) | set(self.changes)
+    def tensors(self, base: Base) -> dict[str, int]:
+        """Return how many tensors of the written checkpoint are changed and how many copied."""
+        names = set(base.tensors) | set(self.changes)
         return {"changed": len(self.changes), "copied": len(names) - len(self.changes)}
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """One row for people per change: tensor, dtype, shape, what happens, from which tensors of the patch."""
+        """Yield one row for people per change: tensor, dtype, shape, what happens, from which tensors of the patch."""
         for name, change in sorted(self.changes.items()):
-            shape = [change.dtype, "×".join(map(str, change.shape))]
-            yield {"tensor": name, "dtype": shape[0], "shape": shape[1], "change": change.what, "from": change.sources}
+            shape = times(change.shape) if change.shape else ""
+            yield {
+                "tensor": name, "dtype": change.dtype, "shape": shape, "change": change.what, "from": change.sources,
+            }  # fmt: skip
 
-    def reshapes(self, base: Checkpoint) -> bool:
-        """Whether a tensor is added or changes its size, so that headers and the index must be written anew."""
-        return any(n not in base.where or c.shape != base.shape(n) for n, c in self.changes.items())
-
-    def files(self, base: Checkpoint, folder: Path) -> list[TargetFile]:
-        """The files to write into `folder`: the base's own, laid out anew only where a tensor was added or grew."""
-        added: dict[Path, list[Change]] = {}
-        for name, change in self.changes.items():
-            if name not in base.where:
-                home = base.shards[-1] if change.origin is None else base.where[change.origin]
-                added.setdefault(home.path, []).append(change)
-        return [self._file(base, shard, folder / shard.path.name, added.get(shard.path, [])) for shard in base.shards]
-
-    def _file(self, base: Checkpoint, shard: Header, path: Path, added: list[Change]) -> TargetFile:
-        own = {name: self.changes[name] for name in shard.tensors if name in self.changes}
-        moved = any(c.shape != shard.tensors[n].shape or c.origin != n for n, c in own.items())
-        if not added and not moved:
-            return plain_file(shard, path, {name: change.edit for name, change in own.items() if change.edit})
-        kept = [Target(entry, (shard, entry)) for name, entry in shard.tensors.items() if name not in own]
-        new = [_target(change, base) for change in (*own.values(), *added)]
-        return laid_out([*kept, *new], shard.metadata, path)
-
-
-def _target(change: Change, base: Checkpoint) -> Target:
-    origin = (base.where[change.origin], base.entry(change.origin)) if change.origin is not None else None
-    length = math.prod(change.shape) * BITS[change.dtype] // 8
-    return Target(TensorEntry(change.name, change.dtype, change.shape, 0, length), origin, change.edit)
-
-
-def linears(layout: Layout) -> set[str]:
-    """Names of the base's linear modules (transformers' Conv1D included)."""
-    return {name for name, module in layout.modules.items() if module.kind in ("linear", "conv1d")}
-
-
-def refuse_quantised(base: Checkpoint) -> None:
-    """Raise CheckpointError for a base whose weights are quantised."""
-    quantisation = base.config.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-        raise CheckpointError(
-            f"{base.path}: is quantised (quantization_config, method {method}), expected float32, bfloat16 or float16 "
-            "weights; port onto the unquantised release and quantise the result"
-        )
-
-
-def check_saved(patch: Patch, layout: Layout, base: Checkpoint, old: Checkpoint | None) -> None:
-    """Prove that the base weights saved with the patch are copies: of `base`'s, or of `old`'s, the one it was made on.
-
-    PEFT overwrites the base with them on loading; a port must not. Raises ShapeError, UnsupportedPatchError.
-    """
-    for parameter, entry in patch.saved.items():
-        name = disk_tensor(f"{parameter}.weight", layout)
-        if name is None or (entry.shape != base.shape(name) and not grew(entry, base.shape(name))):
-            found = "no such weight" if name is None else times(base.shape(name))
-            raise ShapeError(
-                f"{parameter}: the patch carries a base weight of {times(entry.shape)}, {base.path} has {found}; "
-                "is this a release of the base it was trained on?"
-            )
-        origins = [c for c in (base, old) if c is not None and name in c.where]
-        if not any(_copied(patch.header.path, entry, c, name) for c in origins):
-            hint = "is this the base it was trained on?" if old is not None else "pass that base as --from to prove it"
-            raise UnsupportedPatchError(
-                f"{patch.header.path}: {entry.name} is a base weight saved with the patch (save_embedding_layers); "
-                f"expected a copy of the old base's, found another; {hint}"
-            )
-
-
-def _copied(path: Path, entry: TensorEntry, base: Checkpoint, name: str) -> bool:
-    """Whether a saved weight, or its first rows where a vocabulary grew, is a base's."""
-    shape = base.shape(name)
-    if grew(entry, shape):
-        entry = first_rows(entry, shape[0])
-    return equal_values((path, entry), (base.where[name].path, base.entry(name)))
-
-
-def disk_tensor(parameter: str, layout: Layout) -> str | None:
-    """The tensor on disk that is this parameter whole, or the one it is tied to; None where there is no single one."""
-    parts = layout.parts.get(layout.tied.get(parameter, parameter), ())
-    if len(parts) == 1 and not parts[0].transposed and all(isinstance(axis, tuple) for axis in parts[0].at):
-        return parts[0].tensor
-    return None
+    def reshapes(self, base: Base) -> bool:
+        """Return whether a tensor is added or changes its size, so that headers and the index must be written anew."""
+        return any(n not in base.tensors or c.shape != base.tensors[n].shape for n, c in self.changes.items())

@@ -9,13 +9,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portllm.checkpoint.adapter.factors import LoraPair, factors, read_finite_array
-from portllm.checkpoint.base.checkpoint import read_rows
-from portllm.checkpoint.base.layout import Part
-from portllm.checkpoint.files.headers import TensorEntry
+from portllm.checkpoint.base.layout import StoredBlock
+from portllm.checkpoint.files.tensors import TensorEntry
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,7 +27,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class LowRank:
-    """An update of a matrix (rows, columns): scale · b @ a, its factors read when asked for."""
+    """An update of a matrix (rows, columns): scale · b @ a; `factors` reads them."""
 
     factors: Factors  # a (r, columns), b (rows, r)
     shape: tuple[int, int]
@@ -37,7 +35,7 @@ class LowRank:
     sources: tuple[str, ...]  # names of the patch's tensors, for people
 
     def turned(self) -> LowRank:
-        """The update of the transposed matrix: (B A)ᵀ = Aᵀ Bᵀ."""
+        """Return the update of the transposed matrix: (B A)ᵀ = Aᵀ Bᵀ."""
 
         def turn() -> tuple[Matrix, Matrix]:
             a, b = self.factors()
@@ -46,7 +44,7 @@ class LowRank:
         return replace(self, factors=turn, shape=self.shape[::-1])
 
     def cut(self, rows: Span, columns: Span) -> LowRank:
-        """The update of a block of the matrix."""
+        """Return the update of a block of the matrix."""
         if (rows, columns) == ((0, self.shape[0]), (0, self.shape[1])):
             return self
 
@@ -58,7 +56,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Piece:
+class BlockUpdate:
     """An update of the block of a tensor on disk whose first element is (row, column)."""
 
     tensor: str
@@ -74,38 +72,38 @@ class Piece:
 
 
 def of_pair(pair: LoraPair, scale: float) -> LowRank:
-    """The update of a linear module's or an embedding's weight as PEFT forms it: (out, in) or (vocabulary, dim)."""
+    """Return the update of a linear module's (out, in) or an embedding's (vocabulary, dim) weight, as PEFT forms it."""
     sources = (pair.a_entry.name, pair.b_entry.name)
     return LowRank(lambda: pair.arrays, pair.shape, scale * pair.scaling, sources)
 
 
-def of_expert(pair: LoraPair, experts: int, expert: int, scale: float, shelf: Shelf) -> LowRank:
-    """The update (out, in) of one expert's matrix by a pair that holds all of them."""
+def of_expert(pair: LoraPair, experts: int, expert: int, scale: float, cache: FactorCache) -> LowRank:
+    """Return the update (out, in) of one expert's matrix by a pair that holds all of them."""
     sources = (pair.a_entry.name, pair.b_entry.name)
-    return LowRank(lambda: factors(pair, experts, expert, shelf.read), pair.shape, scale * pair.scaling, sources)
+    return LowRank(lambda: factors(pair, experts, expert, cache.read), pair.shape, scale * pair.scaling, sources)
 
 
-def pieces(
-    parts: Sequence[Part], update: Callable[[int], LowRank], shape: Callable[[str], tuple[int, ...]]
-) -> Iterator[Piece]:
-    """Where one parameter's update goes; `update(e)` is that of expert e's matrix, of the whole where there are none.
+def block_updates(
+    blocks: Sequence[StoredBlock], update: Callable[[int], LowRank], shape: Callable[[str], tuple[int, ...]]
+) -> Iterator[BlockUpdate]:
+    """Yield one parameter's update block by block on disk; `update(e)` is that of expert e.
 
     `shape` gives the shape of a tensor on disk.
     """
-    for part in parts:
-        spans = [axis if isinstance(axis, tuple) else (axis, axis + 1) for axis in part.at]
+    for stored in blocks:
+        spans = [axis if isinstance(axis, tuple) else (axis, axis + 1) for axis in stored.at]
         experts = range(*spans[0]) if len(spans) == 3 else range(1)
-        height = shape(part.tensor)[-2]
-        first = part.of[0][0] if len(part.of) == 3 else 0
+        height = shape(stored.tensor)[-2]
+        first = stored.of[0][0] if len(stored.of) == 3 else 0
         for count, expert in enumerate(experts):
             block = update(expert).cut(spans[-2], spans[-1])
-            block = block.turned() if part.transposed else block
-            yield Piece(part.tensor, (first + count) * height + part.of[-2][0], part.of[-1][0], block)
+            block = block.turned() if stored.transposed else block
+            yield BlockUpdate(stored.tensor, (first + count) * height + stored.of[-2][0], stored.of[-1][0], block)
 
 
-def block_reader(path: Path, entry: TensorEntry, part: Part) -> Callable[[int, int], Tensor]:
-    """read(row, count) of what one tensor on disk gets of a parameter that the patch saved whole; −1 for all rows."""
-    spans = [axis if isinstance(axis, tuple) else (axis, axis + 1) for axis in part.at] or [(0, 1)]
+def block_reader(entry: TensorEntry, stored: StoredBlock) -> Callable[[int, int], Tensor]:
+    """Return read(row, count) of the block on disk of a parameter that the patch saved complete; −1 for all rows."""
+    spans = [axis if isinstance(axis, tuple) else (axis, axis + 1) for axis in stored.at] or [(0, 1)]
     height = entry.shape[-2] if len(entry.shape) > 1 else 1
     first = (spans[0][0] * height if len(spans) == 3 else 0) + (spans[-2][0] if len(spans) > 1 else 0)
     rows = spans[-2][1] - spans[-2][0] if len(spans) > 1 else 1
@@ -113,18 +111,18 @@ def block_reader(path: Path, entry: TensorEntry, part: Part) -> Callable[[int, i
 
     def straight(row: int, count: int) -> Tensor:
         taken = rows * matrices if count < 0 else count
-        return read_rows(path, entry, first + row, taken)[:, spans[-1][0] : spans[-1][1]]
+        return entry.rows(first + row, taken)[:, spans[-1][0] : spans[-1][1]]
 
     def turned(row: int, count: int) -> Tensor:
         block = straight(0, -1).T
         return block if count < 0 else block[row : row + count]
 
-    return turned if part.transposed else straight
+    return turned if stored.transposed else straight
 
 
-def overlap(group: Sequence[Piece]) -> bool:
-    """Whether two pieces of one tensor share an element."""
-    blocks = sorted(piece.block for piece in group)
+def overlap(group: Sequence[BlockUpdate]) -> bool:
+    """Return whether two updates of one tensor share an element."""
+    blocks = sorted(update.block for update in group)
     for i, (rows, columns) in enumerate(blocks):
         for other_rows, other_columns in blocks[i + 1 :]:
             if other_rows[0] >= rows[1]:
@@ -134,18 +132,18 @@ def overlap(group: Sequence[Piece]) -> bool:
     return False
 
 
-class Shelf:
-    """The factors read last, kept while a layer's experts, which stand together on disk, take theirs out of them."""
+class FactorCache:
+    """The factors read last: a layer's experts, which are next to each other on disk, share them."""
 
     def __init__(self, kept: int = 8) -> None:
         self._tensors: OrderedDict[TensorEntry, NDArray[Any]] = OrderedDict()
         self._kept, self._lock = kept, threading.Lock()
 
-    def read(self, path: Path, entry: TensorEntry) -> NDArray[Any]:
-        """One tensor of the patch. Raises PatchError where it is not finite."""
+    def read(self, entry: TensorEntry) -> NDArray[Any]:
+        """Return one tensor of the patch. Raises PatchError where it is not finite."""
         with self._lock:
             if entry not in self._tensors:
-                self._tensors[entry] = read_finite_array(path, entry)
+                self._tensors[entry] = read_finite_array(entry)
                 if len(self._tensors) > self._kept:
                     self._tensors.popitem(last=False)
             return self._tensors[entry]

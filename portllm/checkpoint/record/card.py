@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from portllm.checkpoint.base.checkpoint import read_json_object
-from portllm.checkpoint.files.headers import Header, open_input, read_header
+from portllm.checkpoint.files.headers import Header, read_header
+from portllm.checkpoint.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, CONFIG
+from portllm.checkpoint.files.reading import open_input, read_json_object
 from portllm.checkpoint.record.provenance import is_hub_name
 from portllm.checkpoint.record.records import PatchRecord, PortRecord, Source
 from portllm.checkpoint.record.serving import VERSION, serving
 from portllm.errors import CheckpointError
 
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # front matter is read as lines, not as YAML: only a plain word after the key is believed
 PLAIN = re.compile(
     r"""(?P<key>license|license_name|license_link):[ \t]*(?P<q>["']?)(?P<value>[\w./:+-]{1,200})(?P=q)[ \t]*"""
@@ -52,12 +52,12 @@ class Facts:
     @classmethod
     def of(cls, folder: Path, base: Path, patch: Path) -> Facts:
         """From the directory being written, the base and the patch. Raises CheckpointError."""
-        adapter, weights = (folder / name for name in ADAPTER)
+        adapter, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
         trained = PatchRecord.find(patch)
         return cls(
-            config=read_json_object((base if adapter.is_file() else folder) / "config.json"),
+            config=read_json_object((base if adapter.is_file() else folder) / CONFIG),
             adapter=(read_json_object(adapter), read_header(weights)) if adapter.is_file() else None,
-            license=_license(base / "README.md"),
+            license=_license(base / CARD),
             data=trained.data if trained is not None else {},
         )
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from portllm.checkpoint.base.checkpoint import read_json_object
 from portllm.checkpoint.files.hashing import Algorithm
+from portllm.checkpoint.files.reading import read_json_object
 from portllm.errors import CheckpointError
 
 SCHEMA_VERSION = 1  # of every record but port.json, whose second version has BLAKE3 where the first has SHA-256
@@ -143,6 +143,18 @@ class PortRecord(Record):
     files: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    def completed(
+        self, *, base_fingerprint: str, fingerprint: str, files: Mapping[str, str], tensors: Mapping[str, int]
+    ) -> PortRecord:
+        """Return the record with what is known once everything is written; `files` sorted by name."""
+        return dataclasses.replace(
+            self,
+            base=dataclasses.replace(self.base, fingerprint=base_fingerprint),
+            fingerprint=fingerprint,
+            files=dict(sorted(files.items())),
+            tensors=tensors,
+        )
 
     @property
     def algorithm(self) -> Algorithm:

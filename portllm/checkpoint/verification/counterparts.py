@@ -11,28 +11,34 @@ from pathlib import Path
 from typing import Any
 
 from portllm.checkpoint.adapter.config import short
-from portllm.checkpoint.adapter.patch import CONFIG, WEIGHTS, Patch
-from portllm.checkpoint.base.checkpoint import INDEX, Checkpoint, read_json_object
-from portllm.checkpoint.files import hashing as fingerprint
-from portllm.checkpoint.files.names import companions, tokenizer_files
+from portllm.checkpoint.adapter.patch import Patch
+from portllm.checkpoint.base.base import Base
+from portllm.checkpoint.files.hashing import file_digest, fingerprint
+from portllm.checkpoint.files.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CARD,
+    CONFIG,
+    INDEX,
+    companions,
+    tokenizer_files,
+)
+from portllm.checkpoint.files.progress import ByteMeter
+from portllm.checkpoint.files.reading import read_json_object
 from portllm.checkpoint.planning.changes import Plan
-from portllm.checkpoint.planning.initialisation import Old, converted
 from portllm.checkpoint.record import provenance
 from portllm.checkpoint.record.records import PortRecord
 from portllm.checkpoint.verification.manifest import Manifest
-from portllm.checkpoint.writing.targets import Target, TargetFile
-from portllm.checkpoint.writing.writer import Meter
 from portllm.errors import VerificationError
 from portllm.params import PortParams
 
-CARD = "README.md"
 # what re-targeting a patch changes, and what turning it into plain LoRA of twice the rank changes besides
 RETARGETED = frozenset({"base_model_name_or_path", "revision", "lora_alpha", "alpha_pattern"})
 CONVERTED = frozenset({"init_lora_weights", "r", "rank_pattern"})
 
 
 def made_before(out: Path, *, patch: Path, onto: Path, source: Path | None, params: PortParams) -> PortRecord | None:
-    """port.json's record where `out` is, whole and unchanged, what this port makes: it need not be made again.
+    """Return port.json's record where `out` is, complete and unchanged, what this port makes.
 
     None where there is no such directory or anything that it was made of differs. Raises CheckpointError,
     UnsafeFileError or VerificationError where it is that port and was changed or damaged since.
@@ -49,29 +55,21 @@ def made_before(out: Path, *, patch: Path, onto: Path, source: Path | None, para
     known = {patch: record.patch.fingerprint, onto: record.base.fingerprint}
     if source is not None:
         known[source] = record.trained_on.fingerprint if record.trained_on is not None else None
-    if any(fingerprint.fingerprint(path) != mark for path, mark in known.items()):
+    if any(fingerprint(path) != mark for path, mark in known.items()):
         return None
     copies = companions(onto, patch) if record.output == "merged" else tokenizer_files(patch)
-    copies.pop("config.json", None)  # `configs` has it
-    if any(record.files.get(n) != fingerprint.file_digest(p, record.algorithm) for n, p in copies.items()):
+    copies.pop(CONFIG, None)  # `configs` has it
+    if any(record.files.get(n) != file_digest(p, record.algorithm) for n, p in copies.items()):
         return None
     manifest.check_names()
-    manifest.check_digests(Meter(manifest.nbytes))
+    manifest.check_digests(ByteMeter(manifest.nbytes))
     return record
 
 
-def adapter_file(patch: Patch, old: Old | None, folder: Path) -> TargetFile:
-    """The weights that re-targeting `patch` writes into `folder`: its own, but for copies of base weights."""
-    if patch.init != "plain" and old is not None:
-        return converted(patch, old, patch.config, folder / WEIGHTS)[0]
-    kept = (entry for name, entry in patch.header.tensors.items() if name not in patch.left_behind)
-    return TargetFile(folder / WEIGHTS, b"", tuple(Target(entry, (patch.header, entry)) for entry in kept))
-
-
 def check_config(manifest: Manifest, name: str, folder: Path) -> None:
-    """The config `name` of base or patch is the one the port read, where it recorded that."""
+    """Prove that the config `name` of base or patch is the one the port read, where it recorded that."""
     record = manifest.record
-    expected, found = record.configs.get(name), fingerprint.file_digest(folder / name, record.algorithm)
+    expected, found = record.configs.get(name), file_digest(folder / name, record.algorithm)
     if expected not in (None, found):
         raise VerificationError(
             f"{folder / name}: has {record.algorithm_name} {found[:12]}, {manifest.folder / PortRecord.FILE} was made "
@@ -79,25 +77,25 @@ def check_config(manifest: Manifest, name: str, folder: Path) -> None:
         )
 
 
-def check_merged_files(manifest: Manifest, base: Checkpoint, patch: Patch, plan: Plan) -> None:
-    """Config, tokenizer and whatever else came along are the base's or the patch's, changed only where planned."""
+def check_merged_files(manifest: Manifest, base: Base, patch: Patch, plan: Plan) -> None:
+    """Prove that config, tokenizer and all other files are the base's or the patch's, changed only where planned."""
     copies = companions(base.path, patch.path)
     if (base.path / INDEX).is_file():
         copies[INDEX] = base.path / INDEX
-    made = {CARD, *(shard.path.name for shard in base.shards)}
+    made = {CARD, *(shard.path.name for shard in base.checkpoint.shards)}
     if plan.config:
-        made.add("config.json")
+        made.add(CONFIG)
         expected = {**base.config, **plan.config}
-        _same_config(manifest.folder / "config.json", expected, frozenset())
+        _same_config(manifest.folder / CONFIG, expected, frozenset())
     if plan.reshapes(base):
         made.add(INDEX)  # that it names the tensors where they are was checked as it was read
     _check_copies(manifest, copies, made)
 
 
 def check_adapter_files(manifest: Manifest, patch: Patch) -> None:
-    """The tokenizer is the patch's, and so is the config but for the base's name and the scale."""
-    _check_copies(manifest, tokenizer_files(patch.path), {CARD, CONFIG, WEIGHTS})
-    path = manifest.folder / CONFIG
+    """Prove that the tokenizer is the patch's, and the config too but for the base's name and the scale."""
+    _check_copies(manifest, tokenizer_files(patch.path), {CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS})
+    path = manifest.folder / ADAPTER_CONFIG
     _same_config(path, patch.config, RETARGETED if patch.init == "plain" else RETARGETED | CONVERTED)
     written = Patch.open(manifest.folder)
     if patch.init == "plain":
@@ -123,7 +121,7 @@ def _scalings(patch: Patch, scale: float) -> dict[str, float]:
 def _check_copies(manifest: Manifest, copies: Mapping[str, Path], made: set[str]) -> None:
     recorded, algorithm = manifest.record.files, manifest.record.algorithm
     for name, source in copies.items():
-        if name not in made and recorded.get(name) != fingerprint.file_digest(source, algorithm):
+        if name not in made and recorded.get(name) != file_digest(source, algorithm):
             raise _wrong(manifest.folder / name, f"expected a copy of {source}, found another file or none")
     if strangers := sorted(recorded.keys() - copies.keys() - made):
         raise _wrong(manifest.folder / PortRecord.FILE, f"names {strangers[0]}, which is neither base's nor patch's")

@@ -13,18 +13,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from portllm.checkpoint.base.checkpoint import Checkpoint
-from portllm.checkpoint.files import hashing as fingerprint
-from portllm.checkpoint.files import links
-from portllm.checkpoint.files.headers import Header
+from portllm.checkpoint.files import hashing, links
+from portllm.checkpoint.files.headers import Header, read_headers
 from portllm.checkpoint.files.names import TOKENIZER, WEIGHT_SUFFIXES
+from portllm.checkpoint.files.progress import ByteMeter
+from portllm.checkpoint.files.reading import kind_of
 from portllm.checkpoint.record.records import PortRecord
-from portllm.checkpoint.writing.writer import Meter
 from portllm.errors import CheckpointError, UnsafeFileError, VerificationError
 
 HEX = re.compile(r"[0-9a-f]{64}")
 PIECE_BYTES = 1 << 20
 OUTPUTS = ("merged", "adapter")
-# what else decides how the directory loads: one of them added is as good as a weight changed
+# other files that decide how the directory loads: adding one changes the model as much as a changed weight
 LOADED = TOKENIZER | {
     "config.json", "adapter_config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
 }  # fmt: skip
@@ -42,7 +42,7 @@ class Manifest:
     def open(cls, folder: Path) -> Manifest:
         """Read port.json and find every file it names. Raises CheckpointError, UnsafeFileError, VerificationError."""
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: expected a ported directory, found {_kind(folder)}; check the path")
+            raise CheckpointError(f"{folder}: expected a ported directory, found {kind_of(folder)}; check the path")
         record = PortRecord.read(folder)
         if problem := _malformed(record):
             raise CheckpointError(f"{folder / PortRecord.FILE}: {problem}; make the directory again")
@@ -50,14 +50,14 @@ class Manifest:
 
     @property
     def nbytes(self) -> int:
-        """Size of all files that port.json names."""
+        """The size of all files that port.json names."""
         return sum(path.stat().st_size for path in self.files.values())
 
     def headers(self) -> list[Header]:
-        """The safetensors headers, which must agree with their files and the index. Raises CheckpointError."""
+        """Return the safetensors headers, which must agree with their files and the index. Raises CheckpointError."""
         if self.record.output == "merged":
             return list(Checkpoint.open(self.folder).shards)
-        return fingerprint.headers(self.folder)
+        return read_headers(self.folder)
 
     def check_names(self) -> None:
         """Raise VerificationError for a file that would be loaded and is not in port.json."""
@@ -68,7 +68,7 @@ class Manifest:
                     "remove it, or port again"
                 )
 
-    def check_digests(self, meter: Meter) -> None:
+    def check_digests(self, meter: ByteMeter) -> None:
         """Read every file. Raises VerificationError for the first whose digest is not port.json's."""
         algorithm = self.record.algorithm
         for name, path in self.files.items():
@@ -79,13 +79,13 @@ class Manifest:
                     f"{expected[:12]}; it was changed or damaged after the port, port again"
                 )
 
-    def check_fingerprint(self, meter: Meter) -> None:
+    def check_fingerprint(self, meter: ByteMeter) -> None:
         """Read every tensor, whatever is cached. Raises VerificationError when the fingerprint is not port.json's."""
         tensors = {}
         for header in self.headers():
-            tensors.update(fingerprint.digests([header], fresh=True))
+            tensors.update(hashing.digests([header], fresh=True))
             meter.add(header.size)
-        found, expected = fingerprint.combine(tensors), self.record.fingerprint
+        found, expected = hashing.combine(tensors), self.record.fingerprint
         if found != expected:
             raise VerificationError(
                 f"{self.folder}: has fingerprint {found[:12]}, {PortRecord.FILE} says {(expected or 'none')[:12]}; "
@@ -94,7 +94,7 @@ class Manifest:
 
 
 def _malformed(record: PortRecord) -> str | None:
-    """What is wrong with a record whose fields have the right types, in words."""
+    """Return what is wrong with a record whose fields have the right types, for people."""
     sources = (record.base, record.patch, *([record.trained_on] if record.trained_on is not None else []))
     checks = {
         f"output must be one of {', '.join(OUTPUTS)}": record.output in OUTPUTS,
@@ -111,7 +111,7 @@ def _malformed(record: PortRecord) -> str | None:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file `name` below `folder`. Raises UnsafeFileError where the name or a link leads out of it."""
+    """Return the file `name` below `folder`. Raises UnsafeFileError where the name or a link leads out of it."""
     parts = PurePosixPath(name).parts
     plain = "\0" not in name and "\\" not in name and parts and "/".join(parts) == name
     if not plain or name.startswith("/") or ".." in parts or name == PortRecord.FILE:
@@ -144,8 +144,8 @@ def _is_loaded(name: str) -> bool:
     return Path(name).suffix in WEIGHT_SUFFIXES | {".py"} or name.endswith(".index.json") or name in LOADED
 
 
-def _digest(path: Path, algorithm: fingerprint.Algorithm, meter: Meter) -> str:
-    total, buffer = fingerprint.file_hash(algorithm), memoryview(bytearray(PIECE_BYTES))
+def _digest(path: Path, algorithm: hashing.Algorithm, meter: ByteMeter) -> str:
+    total, buffer = hashing.file_hash(algorithm), memoryview(bytearray(PIECE_BYTES))
     try:
         with path.open("rb", buffering=0) as file:
             while count := file.readinto(buffer):
@@ -156,7 +156,3 @@ def _digest(path: Path, algorithm: fingerprint.Algorithm, meter: Meter) -> str:
             f"{path}: cannot be read ({error.strerror or error}); see to its permissions or the disk and try again"
         ) from error
     return total.hexdigest()
-
-
-def _kind(path: Path) -> str:
-    return "a file" if path.exists() else "nothing"

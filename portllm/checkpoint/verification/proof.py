@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from portllm.checkpoint.base.checkpoint import read_exactly, read_tensor
-from portllm.checkpoint.files.headers import Header, TensorEntry
+from portllm.checkpoint.files.headers import Header
+from portllm.checkpoint.files.progress import ByteMeter
+from portllm.checkpoint.files.reading import read_exactly
+from portllm.checkpoint.files.tensors import TensorEntry
 from portllm.checkpoint.writing.targets import Target, TargetFile
-from portllm.checkpoint.writing.writer import Meter
 from portllm.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -28,11 +29,9 @@ BYTES_PER_ELEMENT = 40
 # two orders of summing in float64 may fall on the two sides of a rounding boundary: then either neighbour is right
 FLOAT64_DOUBT = 2.0**-48
 
-Place = tuple[Header, TensorEntry]
-
 
 @dataclass(frozen=True)
-class Sample:
+class TensorSample:
     """Which changed tensors to compute again: `count` of them by `seed`, the largest always, or all of them."""
 
     count: int = 8
@@ -40,7 +39,7 @@ class Sample:
     seed: int = 0
 
     def choose(self, sizes: Mapping[str, int]) -> list[str]:
-        """Names, sorted, of the tensors to take from `sizes` (name → number of elements)."""
+        """Return the names, sorted, of the tensors to take from `sizes` (name → number of elements)."""
         if self.everything or self.count >= len(sizes):
             return sorted(sizes)
         largest = min(sizes, key=lambda name: (-sizes[name], name))
@@ -62,49 +61,49 @@ class Proof:
 
 
 @dataclass(frozen=True)
-class Making:
-    """Written tensors beside what making them again would write; raises VerificationError at the first difference.
+class ExpectedTensors:
+    """Written tensors next to those that the port would write again; raises VerificationError at the first difference.
 
-    `written` and `expected` go by tensor name; an expected tensor has the name of the file it belongs to. `whose` says
-    whose tensors the untouched ones are, for people.
+    `written` and `expected` go by tensor name; an expected tensor has the name of the file it belongs to. `whose` names
+    the owner of the untouched tensors, for people.
     """
 
     folder: Path
-    written: Mapping[str, Place]
+    written: Mapping[str, TensorEntry]
     expected: Mapping[str, tuple[str, Target]]
     whose: str
 
     @classmethod
-    def of(cls, written: Sequence[Header], files: Sequence[TargetFile], folder: Path, whose: str) -> Making:
+    def of(cls, written: Sequence[Header], files: Sequence[TargetFile], folder: Path, whose: str) -> ExpectedTensors:
         """From the headers in `folder` and the files a port would write."""
-        places = {name: (header, entry) for header in written for name, entry in header.tensors.items()}
+        entries = {name: entry for header in written for name, entry in header.tensors.items()}
         expected = {target.entry.name: (file.path.name, target) for file in files for target in file.targets}
-        return cls(folder, places, dict(sorted(expected.items())), whose)
+        return cls(folder, entries, dict(sorted(expected.items())), whose)
 
     def recomputable(self) -> dict[str, int]:
-        """Name of each tensor that the patch changes → its number of elements."""
+        """Return the number of elements of each tensor that the patch changes, by name."""
         edited = {name: target for name, (_, target) in self.expected.items() if target.edit is not None}
         return {name: math.prod(target.entry.shape) for name, target in edited.items()}
 
     def nbytes(self, chosen: Sequence[str]) -> int:
-        """Bytes that `prove` counts."""
+        """Return the number of bytes that `prove` counts."""
         return sum(t.entry.nbytes for name, (_, t) in self.expected.items() if t.edit is None or name in chosen)
 
-    def prove(self, chosen: Sequence[str], meter: Meter) -> Proof:
+    def prove(self, chosen: Sequence[str], meter: ByteMeter) -> Proof:
         """Compare what is not edited byte for byte, and compute the `chosen` tensors again; headers were checked."""
         same = [(name, t.origin) for name, (_, t) in self.expected.items() if t.edit is None and t.origin is not None]
         for name, origin in same:
             if not same_bytes(self.written[name], origin, meter):
-                raise self._wrong(name, f"expected the {self.whose}'s own bytes ({origin[1].name}), found others")
+                raise self._wrong(name, f"expected the {self.whose}'s own bytes ({origin.name}), found others")
         for name in chosen:
             self._recompute(name, self.expected[name][1])
-            meter.add(self.written[name][1].nbytes)
+            meter.add(self.written[name].nbytes)
         return Proof(len(same), tuple(chosen), len(self.recomputable()))
 
     def check_headers(self) -> None:
-        """The tensors are the expected ones, each in its file and of its dtype and shape, and there are no others."""
+        """Prove that the tensors are the expected ones, each in its file and of its dtype and shape, and no others."""
         wanted = {name: _kind(t.entry, file) for name, (file, t) in self.expected.items()}
-        found = {name: _kind(entry, header.path.name) for name, (header, entry) in self.written.items()}
+        found = {name: _kind(entry, entry.path.name) for name, entry in self.written.items()}
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):
                 raise self._wrong(name, f"expected {wanted.get(name, 'none')}, found {found.get(name, 'none')}")
@@ -126,12 +125,12 @@ class Making:
             raise self._wrong(name, f"element {where} is {float(found):.9g}, expected {float(expected):.9g}")
 
     def _wrong(self, name: str, what: str) -> VerificationError:
-        path = self.written[name][0].path if name in self.written else self.folder
+        path = self.written[name].path if name in self.written else self.folder
         return VerificationError(f"{path}: tensor {name}: {what}; it is not what base and patch make, port again")
 
 
 def first_difference(new: torch.Tensor, exact: torch.Tensor, old: torch.Tensor | None) -> int | None:
-    """Flat index of the first element of `new` that is not `exact` (float64) rounded once to its dtype, or None.
+    """Return the flat index of the first element of `new` that is not `exact` (float64) rounded once, or None.
 
     All three are of one shape, or there is no `old`. Compared bit by bit. Where bits differ, an element still passes
     when the exact value lies so near a rounding boundary that float64 itself cannot tell the side.
@@ -155,31 +154,30 @@ def first_difference(new: torch.Tensor, exact: torch.Tensor, old: torch.Tensor |
     return int(unsure[fails][0]) if bool(fails.any()) else None
 
 
-def same_bytes(one: Place, other: Place, meter: Meter) -> bool:
-    """Whether two tensors on disk have the same bytes, read in pieces."""
-    (left_header, left), (right_header, right) = one, other
+def same_bytes(left: TensorEntry, right: TensorEntry, meter: ByteMeter) -> bool:
+    """Return whether two tensors on disk have the same bytes, read in pieces."""
     if left.nbytes != right.nbytes:
         return False
     a, b = memoryview(bytearray(PIECE_BYTES)), memoryview(bytearray(PIECE_BYTES))
-    with left_header.path.open("rb", buffering=0) as first, right_header.path.open("rb", buffering=0) as second:
+    with left.path.open("rb", buffering=0) as first, right.path.open("rb", buffering=0) as second:
         for at in range(0, left.nbytes, PIECE_BYTES):
             count = min(PIECE_BYTES, left.nbytes - at)
-            read_exactly(first.fileno(), a[:count], left.start + at, left_header.path)
-            read_exactly(second.fileno(), b[:count], right.start + at, right_header.path)
+            read_exactly(first.fileno(), a[:count], left.start + at, left.path)
+            read_exactly(second.fileno(), b[:count], right.start + at, right.path)
             if a[:count] != b[:count]:
                 return False
             meter.add(count)
     return True
 
 
-def _rows_of(place: Place) -> torch.Tensor:
-    """A tensor as an edit sees it: (rows, columns), leading axes flattened, a vector as one row."""
-    tensor = read_tensor(place[0].path, place[1])
+def _rows_of(entry: TensorEntry) -> torch.Tensor:
+    """Return a tensor as an edit sees it: (rows, columns), leading axes flattened, a vector as one row."""
+    tensor = entry.read()
     return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def fitting(sizes: Mapping[str, int], memory_bytes: int) -> dict[str, int]:
-    """The tensors of `sizes` (name → elements) that can be computed whole in float64 within `memory_bytes`."""
+    """Return the tensors of `sizes` (name → elements) whose computation in float64 fits into `memory_bytes`."""
     return {name: count for name, count in sizes.items() if count * BYTES_PER_ELEMENT <= memory_bytes}
 
 

@@ -20,16 +20,16 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from portllm.checkpoint.files.copying import share_blocks
 from portllm.checkpoint.files.hashing import file_hash
 from portllm.checkpoint.files.output import sync
 
 ALIGN = 4096  # of offset, length and memory in a direct write; a page
-ROOM = 64  # buffers of single pieces start at multiples of this, so that no tensor is misaligned
-FICLONE = 0x40049409  # ioctl_ficlone(2)
+ROOM = 64  # buffers of single segments start at multiples of this, so that no tensor is misaligned
 DISK_THREADS = 2  # writes of one file under way at a time
 
 
-class Piece(Protocol):
+class Segment(Protocol):
     """Some bytes of a written file, and how they come to be."""
 
     @property
@@ -44,7 +44,7 @@ class Piece(Protocol):
         """Write the bytes into `new`; `old` is work space of the same length. Pieces are filled in no order."""
 
     def digest(self, old: memoryview, new: memoryview) -> None:
-        """Take the bytes into the digests of their tensor; called in the file's order, one piece at a time."""
+        """Take the bytes into the digests of their tensor; called in the file's order, one segment at a time."""
 
 
 class Output:
@@ -76,24 +76,22 @@ class Output:
         finally:
             os.close(self._handle)
 
-    def write(self, piece: memoryview, offset: int) -> None:
-        """Write `piece`: if not cloned, whole pages of memory, at the offset of a page. Raises OSError."""
+    def write(self, segment: memoryview, offset: int) -> None:
+        """Write `segment`: if not cloned, whole pages of memory, at the offset of a page. Raises OSError."""
         directly = self._direct  # another thread may turn to the cache meanwhile
         try:
-            write_exactly(self._handle, piece, offset)
+            write_exactly(self._handle, segment, offset)
         except OSError as error:
             if error.errno != errno.EINVAL or not directly:
                 raise
             self._turn_to_the_cache()  # a file system that takes O_DIRECT at open and refuses it now
-            write_exactly(self._handle, piece, offset)
-        if not self._direct and len(piece):
+            write_exactly(self._handle, segment, offset)
+        if not self._direct and len(segment):
             # on Linux this starts the write-back of dirty pages, so that fsync does not wait for all at once
-            os.posix_fadvise(self._handle, offset, len(piece), os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._handle, offset, len(segment), os.POSIX_FADV_DONTNEED)
 
     def _clone(self, twin: int) -> bool:
-        try:
-            fcntl.ioctl(self._handle, FICLONE, twin)
-        except OSError:  # not on this file system, or not across two of them: the bytes are written instead
+        if not share_blocks(twin, self._handle):  # the bytes are written instead
             return False
         self._turn_to_the_cache()  # what differs does not stand on whole pages
         return True
@@ -105,11 +103,11 @@ class Output:
             self._direct = False
 
 
-def write_exactly(handle: int, piece: memoryview, offset: int) -> None:
-    """Write all of `piece` at byte `offset` of the file. Raises OSError."""
+def write_exactly(handle: int, segment: memoryview, offset: int) -> None:
+    """Write all of `segment` at byte `offset` of the file. Raises OSError."""
     done = 0
-    while done < len(piece):
-        done += os.pwrite(handle, piece[done:], offset + done)
+    while done < len(segment):
+        done += os.pwrite(handle, segment[done:], offset + done)
 
 
 class _Slot:
@@ -118,27 +116,27 @@ class _Slot:
     def __init__(self, nbytes: int) -> None:
         self.old, self.new = memoryview(mmap.mmap(-1, nbytes)), memoryview(mmap.mmap(-1, nbytes + 2 * ALIGN))
         self.position = self.start = self.stop = 0
-        self.views: list[tuple[Piece, memoryview, memoryview]] = []
+        self.views: list[tuple[Segment, memoryview, memoryview]] = []
         self.pending: list[Future[None]] = []
 
-    def place(self, pieces: Sequence[Piece], position: int) -> None:
-        """Lay out `pieces`, which stand at byte `position` of the file, as they will stand on the disk's pages."""
+    def place(self, segments: Sequence[Segment], position: int) -> None:
+        """Lay out `segments`, which stand at byte `position` of the file, as they will stand on the disk's pages."""
         self.position, self.start = position, position % ALIGN
         self.stop, self.views, spare = self.start, [], 0
-        for piece in pieces:
-            old, new = (spare, spare + piece.nbytes), (self.stop, self.stop + piece.nbytes)
-            self.views.append((piece, self.old[slice(*old)], self.new[slice(*new)]))
-            spare, self.stop = spare + room(piece.nbytes), new[1]
+        for segment in segments:
+            old, new = (spare, spare + segment.nbytes), (self.stop, self.stop + segment.nbytes)
+            self.views.append((segment, self.old[slice(*old)], self.new[slice(*new)]))
+            spare, self.stop = spare + room(segment.nbytes), new[1]
 
     def fill(self) -> None:
-        """Fill all pieces."""
-        for piece, old, new in self.views:
-            piece.fill(old, new)
+        """Fill all segments."""
+        for segment, old, new in self.views:
+            segment.fill(old, new)
 
     def digest(self) -> None:
-        """Take all pieces into their tensors' digests."""
-        for piece, old, new in self.views:
-            piece.digest(old, new)
+        """Take all segments into their tensors' digests."""
+        for segment, old, new in self.views:
+            segment.digest(old, new)
 
     def wait(self) -> None:
         """Return when the buffers are free again. Raises what went wrong."""
@@ -147,7 +145,7 @@ class _Slot:
 
 
 class Stream:
-    """Takes a file's pieces in order, has them filled by `workers`, and passes them on to the digests and the disk."""
+    """A file's segments in order: filled by `workers`, then passed on to the digests and the disk."""
 
     def __init__(self, output: Output, workers: Executor, *, capacity: int, slots: int, ahead: int) -> None:
         """`capacity` is the most bytes (in `room`s) put at once; `ahead` how many buffers may be filling at a time."""
@@ -171,11 +169,11 @@ class Stream:
         for pool in (self._whole, self._tensors, self._disk):
             pool.shutdown(cancel_futures=True)
 
-    def put(self, pieces: Sequence[Piece]) -> None:
-        """Take the next pieces of the file. Raises what went wrong with earlier ones."""
+    def put(self, segments: Sequence[Segment]) -> None:
+        """Take the next segments of the file. Raises what went wrong with earlier ones."""
         slot = next(self._turn)
         slot.wait()
-        slot.place(pieces, self._position)
+        slot.place(segments, self._position)
         self._position += slot.stop - slot.start
         self._filling.append((slot, self._workers.submit(slot.fill)))
         if len(self._filling) > self._ahead:
@@ -214,12 +212,12 @@ class Stream:
             yield self._disk.submit(self._output.write, slot.new[:whole], slot.position - slot.start)
             return
         offset = slot.position
-        for piece, _, new in slot.views:
-            if not piece.copied:
+        for segment, _, new in slot.views:
+            if not segment.copied:
                 yield self._disk.submit(self._output.write, new, offset)
-            offset += piece.nbytes
+            offset += segment.nbytes
 
 
 def room(nbytes: int) -> int:
-    """Bytes of a buffer that a piece of `nbytes` takes."""
+    """Bytes of a buffer that a segment of `nbytes` takes."""
     return nbytes + -nbytes % ROOM

@@ -9,55 +9,30 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
-from portllm.checkpoint.files.hashing import file_hash
-from portllm.checkpoint.files.headers import Header, TensorEntry, open_input, reading
-from portllm.checkpoint.writing.placing import laid_out, nbytes
-from portllm.checkpoint.writing.segments import Part, Sources, cut, largest_piece, packed
+from portllm.checkpoint.files.copying import copy_and_hash
+from portllm.checkpoint.files.headers import Header
+from portllm.checkpoint.files.progress import ByteMeter, Cancelled
+from portllm.checkpoint.files.tensors import TensorEntry
+from portllm.checkpoint.writing.segments import Sources, TensorSegment, cut, largest_segment, packed
 from portllm.checkpoint.writing.stream import Output, Stream
-from portllm.checkpoint.writing.targets import Target, TargetFile
+from portllm.checkpoint.writing.targets import Target, TargetFile, laid_out
 
-COPY_BYTES = 1 << 20
 AHEAD = 2  # buffers of one file that are filled at a time
 SLOTS = 5  # buffers of one file: those, and others being hashed and written
 FILES = 4  # under way at once, at most: their buffers are what memory goes to
 
-Progress = Callable[[int, int], None]
-
-
-class Cancelled(Exception):
-    """Another file failed; this one stopped early."""
-
-
-class Meter:
-    """Bytes written so far, over all files; calls `on_progress(done, total)` one call at a time."""
-
-    def __init__(self, total: int, on_progress: Progress | None = None) -> None:
-        self.total, self.done = total, 0
-        self.cancelled = threading.Event()
-        self._on_progress, self._lock = on_progress, threading.Lock()
-
-    def add(self, count: int) -> None:
-        """Count `count` more bytes. Raises Cancelled when another file has failed."""
-        if self.cancelled.is_set():
-            raise Cancelled
-        with self._lock:
-            self.done += count
-            if self._on_progress is not None:
-                self._on_progress(self.done, self.total)
-
 
 @dataclass(frozen=True)
 class Job:
-    """What all files of one port share: digests of base tensors known beforehand, and the meter."""
+    """What all files of one port share: cached digests of base tensors, and the meter."""
 
     known: Mapping[TensorEntry, str]
-    meter: Meter
+    meter: ByteMeter
 
 
 @dataclass
@@ -89,52 +64,35 @@ def write_files(files: Sequence[TargetFile], job: Job) -> dict[Path, Written]:
                 with contextlib.suppress(Cancelled):
                     future.result()
         except BaseException:
-            job.meter.cancelled.set()  # Ctrl-C, too, stops the files at their next piece
+            job.meter.cancelled.set()  # Ctrl-C, too, stops the files at their next segment
             raise
     return {path: future.result() for path, future in futures.items()}
 
 
-def copy_file(source: Path, target: Path, meter: Meter) -> str:
-    """Copy one file's bytes (following links) and return their BLAKE3."""
-    digest = file_hash("blake3")
-    buffer = memoryview(bytearray(COPY_BYTES))
-    with open_input(source) as file, target.open("wb") as writing:
-        while count := _read(file, buffer, source):
-            digest.update(buffer[:count])
-            writing.write(buffer[:count])
-            meter.add(count)
-    return digest.hexdigest()
-
-
-def _read(file: BinaryIO, buffer: memoryview, path: Path) -> int:
-    with reading(path):
-        return os.readv(file.fileno(), [buffer])
-
-
-def write_subset(header: Header, names: Container[str], target: Path, meter: Meter) -> str:
-    """Write the tensors `names` of a file as a safetensors file of its own; returns its BLAKE3."""
-    kept = [Target(entry, (header, entry)) for entry in header.tensors.values() if entry.name in names]
+def write_subset(header: Header, names: Container[str], target: Path, meter: ByteMeter) -> str:
+    """Write the tensors `names` of a file as a safetensors file of its own, and return its BLAKE3."""
+    kept = [Target(entry, entry) for entry in header.tensors.values() if entry.name in names]
     if len(kept) == len(header.tensors):
-        return copy_file(header.path, target, meter)
+        return copy_and_hash(header.path, target, meter)
     before = meter.done
     written = write_files([laid_out(kept, header.metadata, target)], Job({}, meter))
-    meter.add(header.size - (meter.done - before))  # what was left out is done too
+    meter.add(header.size - (meter.done - before))  # what is left out counts as done
     return written[target].digest
 
 
 def _write_file(file: TargetFile, job: Job, workers: Executor, libraries: _Libraries) -> Written:
-    """One file from its first byte to its last, synced to the disk."""
+    """Write one file from its first byte to its last, synced to the disk."""
     written, digests = Written(), []
-    capacity = largest_piece(file)
+    capacity = largest_segment(file)
     try:
         with contextlib.ExitStack() as stack:
             sources = Sources(file, stack)
-            output = stack.enter_context(Output(file.path, nbytes(file), sources.twin()))
+            output = stack.enter_context(Output(file.path, file.nbytes, sources.twin()))
             stream = stack.enter_context(Stream(output, workers, capacity=capacity, slots=SLOTS, ahead=AHEAD))
             for group in packed(cut(file, sources, job.known, libraries.torch), capacity):
                 stream.put(group)
-                digests += [piece.digests for piece in group if isinstance(piece, Part) and piece.offset == 0]
-                job.meter.add(sum(piece.nbytes for piece in group))
+                digests += [one.digests for one in group if isinstance(one, TensorSegment) and one.offset == 0]
+                job.meter.add(sum(segment.nbytes for segment in group))
             written.digest = stream.finish()
             sources.check()
             written.sources = sources.identities
@@ -144,7 +102,7 @@ def _write_file(file: TargetFile, job: Job, workers: Executor, libraries: _Libra
     for digest in digests:
         origin = digest.target.origin
         if origin is not None:
-            written.before[origin[1]] = str(digest.before)
+            written.before[origin] = str(digest.before)
         written.after[digest.target.entry] = str(digest.after)
     return written
 
@@ -166,7 +124,7 @@ class _Libraries:
         self._stack.close()
 
     def torch(self) -> None:
-        """Settle torch, too, which is imported only where an edit needs it."""
+        """Limit torch, too, which is imported only where an edit needs it."""
         with self._lock:
             if not self._torch:
                 self._stack.enter_context(_torch_for_blocks())
@@ -175,7 +133,7 @@ class _Libraries:
 
 @contextlib.contextmanager
 def _torch_for_blocks() -> Iterator[None]:
-    """One torch thread (ours, one per shard, beat torch's own on small blocks) and true fp32 products; restored."""
+    """Set one torch thread (ours, one per shard, beat torch's own on small blocks) and true fp32 products; restored."""
     import torch
 
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from portllm import processes
 from portllm.checkpoint.adapter.patch import Patch
-from portllm.checkpoint.base.checkpoint import ARRAY_DTYPES, TORCH_DTYPES, Checkpoint
-from portllm.checkpoint.files.copying import copy_companions
+from portllm.checkpoint.base.checkpoint import Checkpoint
+from portllm.checkpoint.base.copying import copy_companions
 from portllm.checkpoint.files.hashing import fingerprint
+from portllm.checkpoint.files.tensors import ARRAY_DTYPES, TORCH_DTYPES
 from portllm.checkpoint.planning.planner import make_plan
 from portllm.checkpoint.writing.ported import write_merged
 from portllm.errors import ParamsError
@@ -21,7 +22,7 @@ from portllm.lm.data.encoding import pack, read_texts
 from portllm.lm.data.tables import read_rows
 from portllm.lm.learning import loading, training
 from portllm.lm.learning.snapshots import training_key
-from portllm.lm.names.layout import layout_of
+from portllm.lm.names.layout import open_base
 from portllm.lm.quiet import quieten
 from portllm.params import EvolveParams, FetchParams, OptimParams, as_tree
 
@@ -96,8 +97,8 @@ class Release:
         """Add the LoRA to the base on disk as a port adds a patch: exact sums, whatever precision was trained in."""
         with tempfile.TemporaryDirectory() as place:
             self.model.save_pretrained(place, state_dict=self.weights)
-            lora, checkpoint = Patch.open(Path(place)), Checkpoint.open(base)
-            write_merged(folder, lora, checkpoint, make_plan(lora, checkpoint, layout_of(checkpoint)))
+            lora, old = Patch.open(Path(place)), open_base(base)
+            write_merged(folder, lora, old, make_plan(lora, old))
 
 
 def own_tokenizer(corpus: Path, params: FetchParams) -> PreTrainedTokenizerBase:
@@ -214,9 +215,9 @@ def _in_dtypes_of_base(model: PreTrainedModel, weights: Mapping[str, Tensor] | N
         model.load_state_dict(dict(weights), strict=False)  # tied weights go by one of their names
     checkpoint = Checkpoint.open(base)
     dtypes = {
-        name: getattr(torch, TORCH_DTYPES[checkpoint.dtype(name)])
+        name: getattr(torch, TORCH_DTYPES[checkpoint.tensors[name].dtype])
         for name in checkpoint.names
-        if checkpoint.dtype(name) in ARRAY_DTYPES  # of floating point
+        if checkpoint.tensors[name].dtype in ARRAY_DTYPES  # of floating point
     }
     commonest = max(dtypes.values(), key=list(dtypes.values()).count, default=torch.float32)
     for name, parameter in model.named_parameters():

@@ -52,7 +52,7 @@ class ModelConfig:
     @classmethod
     def of(cls, base: Checkpoint) -> ModelConfig:
         """Return the config of a checkpoint; no model has more layers than tensors."""
-        return cls(base.config, base.path / "config.json", min(MAX_COUNT, max(MAX_LAYERS, len(base.where))))
+        return cls(base.config, base.path / "config.json", min(MAX_COUNT, max(MAX_LAYERS, len(base.tensors))))
 
     def check(self) -> None:
         """Raise CheckpointError for more layers or labels than any model has: config classes make lists that long."""

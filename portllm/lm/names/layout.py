@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.base.checkpoint import Checkpoint, equal_values
-from portllm.checkpoint.base.layout import PLAIN, Kind, Layout, Module, Part, plain, whole
-from portllm.checkpoint.planning.initialisation import Old
+from portllm.checkpoint.base.base import Base
+from portllm.checkpoint.base.checkpoint import Checkpoint
+from portllm.checkpoint.base.layout import PLAIN, Kind, Layout, Module, StoredBlock, plain, whole
 from portllm.errors import CheckpointError
 from portllm.lm.names.building import ModelConfig, meta_model
 from portllm.lm.names.tracing import Traced
@@ -43,12 +43,10 @@ def layout_of(base: Checkpoint) -> Layout:
     return built(base)
 
 
-def old_base(path: Path | None) -> Old | None:
-    """Return the base that a patch was trained on, where it is available. Raises CheckpointError."""
-    if path is None:
-        return None
-    base = Checkpoint.open(path)
-    return Old(base, layout_of(base))
+def open_base(path: Path) -> Base:
+    """Return the base at `path`: its checkpoint, with the layout of its architecture. Raises CheckpointError."""
+    checkpoint = Checkpoint.open(path)
+    return Base(checkpoint, layout_of(checkpoint))
 
 
 def built(base: Checkpoint, task_type: str | None = None, num_labels: int | None = None) -> Layout:
@@ -64,7 +62,7 @@ def built(base: Checkpoint, task_type: str | None = None, num_labels: int | None
     _check_shapes(base, shapes, parts)
     return Layout(
         modules=_modules(model, shapes),
-        parts={name: value.parts for name, value in parts.items()},
+        blocks={name: value.parts for name, value in parts.items()},
         tied=_tied(base, model, parts, opaque),
         opaque=opaque,
         absent=_absent(model, names, shapes.keys() - parts.keys() - opaque.keys()),
@@ -119,7 +117,7 @@ class _StoredParameter:
     """The shape of a parameter and its parts on disk."""
 
     shape: Dimensions
-    parts: tuple[Part, ...]
+    parts: tuple[StoredBlock, ...]
 
 
 @dataclass
@@ -135,7 +133,7 @@ def _gather(base: Checkpoint, names: _Names) -> _Gathered:
     from transformers.core_model_loading import dot_natural_key
 
     gathered = _Gathered()
-    for disk in sorted(base.where, key=dot_natural_key):
+    for disk in sorted(base.tensors, key=dot_natural_key):
         parameter, pattern = names.in_memory(disk)
         if parameter not in names.shapes:
             continue
@@ -144,7 +142,7 @@ def _gather(base: Checkpoint, names: _Names) -> _Gathered:
             continue
         if parameter not in gathered.converted:
             gathered.converted[parameter] = names.converter(pattern)
-        gathered.converted[parameter].add_tensor(parameter, disk, pattern, Traced.whole(disk, base.shape(disk)))
+        gathered.converted[parameter].add_tensor(parameter, disk, pattern, Traced.whole(disk, base.tensors[disk].shape))
     return gathered
 
 
@@ -154,7 +152,7 @@ def _trace(
     """Return each stored parameter with its parts, and those stored in a way that has no parts, with the reason."""
     gathered = _gather(base, names)
     stored = {
-        name: _StoredParameter(base.shape(disk), (whole(disk, base.shape(disk)),))
+        name: _StoredParameter(base.tensors[disk].shape, (whole(disk, base.tensors[disk].shape),))
         for name, disk in gathered.plain.items()
     }
     opaque: dict[str, str] = {}
@@ -239,8 +237,7 @@ def _equal(base: Checkpoint, one: _StoredParameter | None, other: _StoredParamet
     if one is None or other is None or len(one.parts) != 1 or len(other.parts) != 1:
         return False
     left, right = one.parts[0], other.parts[0]
-    entries = [(base.where[part.tensor].path, base.entry(part.tensor)) for part in (left, right)]
-    return left.transposed == right.transposed and equal_values(*entries)
+    return left.transposed == right.transposed and base.entry(left.tensor).equals(base.entry(right.tensor))
 
 
 def _absent(model: PreTrainedModel, names: _Names, absent: Iterable[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from portllm.checkpoint.base.layout import Part
+from portllm.checkpoint.base.layout import StoredBlock
 
 Span = tuple[int, int]
 
@@ -51,14 +51,14 @@ class TracedBlock:
             of = _with(of, axis, (first + offset, last + offset))
         return TracedBlock(self.tensor, _with(self.at, dim, (first, last)), of, self.axes)
 
-    def part(self) -> Part:
-        """Return the block as a layout's Part. Raises UntraceableError when more than the last two axes are swapped."""
+    def part(self) -> StoredBlock:
+        """Return the block for a layout. Raises UntraceableError when more than the last two axes are swapped."""
         order = [axis for axis in self.axes if axis is not None]
         plain = list(range(len(self.of)))
         if order not in (plain, swapped := [*plain[:-2], *plain[:-3:-1]]):
             raise UntraceableError("Transpose")
         at = tuple(span if axis is not None else span[0] for span, axis in zip(self.at, self.axes, strict=True))
-        return Part(self.tensor, at, self.of, transposed=order != plain and order == swapped)
+        return StoredBlock(self.tensor, at, self.of, transposed=order != plain and order == swapped)
 
 
 class Traced:
@@ -118,7 +118,7 @@ class Traced:
         kept = [part.shifted(dim, -span[0]) for block in self.blocks if (part := block.within(dim, span))]
         return Traced(_with(self.shape, dim, span[1] - span[0]), kept)
 
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[StoredBlock, ...]:
         """Return where it is on disk. Raises UntraceableError."""
         return tuple(block.part() for block in self.blocks)
 

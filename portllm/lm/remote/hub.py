@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.base.checkpoint import INDEX, SINGLE, shard_names
+from portllm.checkpoint.files.headers import shard_names
+from portllm.checkpoint.files.names import ADAPTER_WEIGHTS as ADAPTER
+from portllm.checkpoint.files.names import INDEX, SINGLE
 from portllm.errors import CheckpointError, PortllmError, UnsafeFileError
 from portllm.lm.remote.refusals import api, chain, line, of_the_network, scrubbed
 from portllm.suggestions import did_you_mean_path
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from portllm.lm.remote.downloading import Download, Progress
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
-ADAPTER = "adapter_model.safetensors"
 # pickled weights are never downloaded
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 # what a model loads in addition to its weights; other files of a repository (original/, gguf, onnx) stay there

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from portllm.amounts import size
-from portllm.checkpoint.files.copying import copy_checkpoint
+from portllm.checkpoint.base.copying import copy_checkpoint
 from portllm.checkpoint.files.hashing import fingerprint
 from portllm.checkpoint.record.provenance import public_name, revision
 from portllm.checkpoint.record.records import Source

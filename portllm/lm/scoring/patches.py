@@ -13,15 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from portllm.checkpoint.adapter.classification import expect_names_of_a_file
-from portllm.checkpoint.adapter.patch import WEIGHTS, Patch
-from portllm.checkpoint.base.checkpoint import ARRAY_DTYPES, Checkpoint, check_finite, read_array
-from portllm.checkpoint.files.hashing import fingerprint, headers
-from portllm.checkpoint.files.headers import read_header
+from portllm.checkpoint.adapter.patch import Patch
+from portllm.checkpoint.files.hashing import fingerprint
+from portllm.checkpoint.files.headers import read_header, read_headers
+from portllm.checkpoint.files.names import ADAPTER_CONFIG, CONFIG
+from portllm.checkpoint.files.names import ADAPTER_WEIGHTS as WEIGHTS
+from portllm.checkpoint.files.tensors import ARRAY_DTYPES
 from portllm.checkpoint.planning.planner import make_plan
 from portllm.checkpoint.record.provenance import public_name, revision
 from portllm.checkpoint.record.records import PatchRecord, PortRecord
 from portllm.errors import EvaluationError, PatchError, PortllmError, ShapeError, UnmatchedModulesError
-from portllm.lm.names.layout import layout_of
+from portllm.lm.names.layout import open_base
 
 OLD = "old"  # the arm of an earlier release's models
 OnNote = Callable[[str], object]
@@ -120,11 +122,11 @@ def _recorded(path: Path, base: str) -> tuple[str, str | None]:
 
 
 def _is_adapter(path: Path) -> bool:
-    return (path / "adapter_config.json").is_file()
+    return (path / ADAPTER_CONFIG).is_file()
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return (path / "config.json").is_file()
+    return (path / CONFIG).is_file()
 
 
 # --- what is refused before a model is loaded ---
@@ -148,13 +150,12 @@ def expect_fitting(adapters: Iterable[Path], model: Path) -> None:
     What portllm does not port but PEFT may load passes. Raises ShapeError, UnmatchedModulesError.
     """
     try:
-        base = Checkpoint.open(model)
-        layout = layout_of(base)
+        base = open_base(model)
     except PortllmError:
         return  # a model that only loading can judge
     for path in adapters:
         try:
-            make_plan(Patch.open(path), base, layout)
+            make_plan(Patch.open(path), base)
         except (ShapeError, UnmatchedModulesError) as error:
             raise type(error)(f"{path}: does not fit {model}: {error}") from error
         except PortllmError:
@@ -163,23 +164,16 @@ def expect_fitting(adapters: Iterable[Path], model: Path) -> None:
 
 def expect_finite(folder: Path) -> None:
     """Refuse a patch (PatchError) or checkpoint (EvaluationError) that holds NaN or infinity; read in blocks."""
-    entries = [(header.path, entry) for header in headers(folder) for entry in header.tensors.values()]
+    entries = [entry for header in read_headers(folder) for entry in header.tensors.values()]
+    floats = [entry for entry in entries if entry.dtype in ARRAY_DTYPES]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        checks = [
-            (path, entry.name, pool.submit(check_finite, path, entry))
-            for path, entry in entries
-            if entry.dtype in ARRAY_DTYPES
-        ]
-    for path, name, check_of in checks:
-        try:
-            check_of.result()
-        except PatchError as error:
-            if _is_adapter(folder):
-                raise
-            raise EvaluationError(
-                f"{path}: tensor {name} holds NaN or infinity; expected finite weights, make or fetch the checkpoint "
-                "again"
-            ) from error
+        finite = list(pool.map(lambda entry: entry.is_finite(), floats))
+    for entry, is_finite in zip(floats, finite, strict=True):
+        if not is_finite:
+            kind, what = (
+                (PatchError, "train the patch") if _is_adapter(folder) else (EvaluationError, "make or fetch it")
+            )
+            raise kind(f"{entry.path}: tensor {entry.name} holds NaN or infinity; expected finite values, {what} again")
 
 
 def note_idle(patches: Iterable[EvaluatedPatch], *, base: str, on_note: OnNote) -> None:
@@ -198,4 +192,4 @@ def changes_nothing(path: Path) -> bool:
     if patch.beyond is not None:
         return False
     factors = [(pair.b_entry, pair.a_entry) for pair in patch.modules.values()]
-    return all(any(not read_array(patch.header.path, entry).any() for entry in pair) for pair in factors)
+    return all(any(not entry.array().any() for entry in pair) for pair in factors)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portllm.checkpoint.base.checkpoint import read_json_object
+from portllm.checkpoint.files.reading import read_json_object
 from portllm.errors import CheckpointError
 from portllm.lm.names.building import ModelConfig, meta_model
 from portllm.params import FetchParams

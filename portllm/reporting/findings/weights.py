@@ -105,14 +105,14 @@ def _drift(models: Path, release: str, against: str) -> Drift:
     from portllm.algebra.drift import ratio, squared_distance, squared_norm
 
     new, old = _release(models, release), _release(models, against)
-    shared = [n for n in new.names if n in set(old.names) and tuple(new.shape(n)) == tuple(old.shape(n))]
+    shared = [n for n in new.names if n in set(old.names) and new.entry(n).shape == old.entry(n).shape]
     parts: dict[tuple[str, int | None, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for name in shared:
-        before = old.read(name)
+        before = old.entry(name).read()
         if not before.is_floating_point():
             continue
         part = parts[_place(name)]
-        part[0] += squared_distance(new.read(name), before)
+        part[0] += squared_distance(new.entry(name).read(), before)
         part[1] += squared_norm(before)
     modules = tuple(
         ModuleDrift(module=module, layer=layer, kind=kind, drift_ratio=ratio(*part))
@@ -190,7 +190,7 @@ def _adapted(base: Checkpoint, old: Patch, new: Patch) -> Iterator[tuple[str, Te
     for module in sorted(set(old.modules) | set(new.modules)):
         if f"{module}.weight" not in base.names:
             raise UnmatchedModulesError(f"{base.path}: has no {module}.weight, which a patch adapts")
-        weight = base.read(f"{module}.weight")
+        weight = base.entry(f"{module}.weight").read()
         pair = old.modules.get(module) or new.modules[module]
         yield module, weight.T if old.fan_in_fan_out and pair.kind == "linear" else weight
 

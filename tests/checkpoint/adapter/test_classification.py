@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portllm.checkpoint.adapter.classification import Contents, sort_out
-from portllm.checkpoint.files.headers import Header, TensorEntry
+from portllm.checkpoint.files.headers import Header
+from portllm.checkpoint.files.tensors import TensorEntry, TensorFile
 from portllm.errors import PatchError
 
 MODULES = ("model.embed_tokens", "lm_head", "layers.0.q_proj", "layers.1.q_proj", "layers.0.experts", "score")
@@ -55,7 +56,8 @@ CONFIGS = st.fixed_dictionaries(
 
 
 def header(names: dict[str, tuple[int, ...]]) -> Header:
-    entries = {name: TensorEntry(name, "F32", shape, 0, 0) for name, shape in names.items()}
+    file = TensorFile(Path("adapter_model.safetensors"), 8, 8)
+    entries = {name: TensorEntry(name, "F32", shape, 0, 0, file) for name, shape in names.items()}
     return Header(Path("adapter_model.safetensors"), 8, 8, entries, {})
 
 

@@ -254,14 +254,13 @@ def test_what_peft_saves_whole_is_replaced(name: str, adapt: Adapt) -> None:
     expected |= {
         k: v for k, v in whole(peft_model).items() if config.get("bias") == "lora_only" and ".q_proj.bias" in k
     }
-    read = patch.modules[Q].read
-    assert {name: read(entry).tolist() for name, entry in patch.replaced.items()} == {
+    assert {name: entry.read().tolist() for name, entry in patch.replaced.items()} == {
         name: value.tolist() for name, value in expected.items()
     }
     assert set(patch.saved) == saved
     assert set(patch.idle) == idle
     for module, entry in patch.saved.items():
-        assert torch.equal(read(entry), base.get_submodule(module).weight)
+        assert torch.equal(entry.read(), base.get_submodule(module).weight)
 
 
 @pytest.mark.parametrize(
@@ -281,8 +280,7 @@ def test_tied_sides_are_both_there(config: dict[str, Any], adapt: Adapt) -> None
     assert patch.ensure_weight_tying
     if "modules_to_save" in config:
         one, other = (patch.replaced[f"{name}.weight"] for name in ("model.embed_tokens", "lm_head"))
-        read = patch.modules[Q].read
-        assert torch.equal(read(one), read(other))
+        assert torch.equal(one.read(), other.read())
     else:
         assert torch.equal(delta(patch.modules["model.embed_tokens"]), delta(patch.modules["lm_head"]))
     named = isinstance(config["target_modules"], str)  # the pattern names the head itself

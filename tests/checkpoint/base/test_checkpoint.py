@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from portllm.checkpoint.base.checkpoint import INDEX, Checkpoint, equal_values
+from portllm.checkpoint.base.checkpoint import Checkpoint
+from portllm.checkpoint.files.names import INDEX
 from portllm.errors import CheckpointError, UnsafeFileError
 
 TENSORS = {
@@ -26,11 +27,11 @@ def test_reads_what_was_saved(shards: list[list[str]], tmp_path: Path, make_chec
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "c", TENSORS, shards=shards))
     assert checkpoint.names == tuple(sorted(TENSORS))
     assert checkpoint.config["model_type"] == "llama"
-    assert checkpoint.shape("model.x.weight") == (3, 4)
-    assert checkpoint.dtype("model.x.weight") == "BF16"
+    assert checkpoint.entry("model.x.weight").shape == (3, 4)
+    assert checkpoint.entry("model.x.weight").dtype == "BF16"
     for name, tensor in TENSORS.items():
-        assert checkpoint.read(name).dtype == tensor.dtype
-        assert torch.equal(checkpoint.read(name), tensor)
+        assert checkpoint.entry(name).read().dtype == tensor.dtype
+        assert torch.equal(checkpoint.entry(name).read(), tensor)
 
 
 def test_follows_links_as_the_hub_cache_has_them(tmp_path: Path, make_checkpoint: Make) -> None:
@@ -38,12 +39,12 @@ def test_follows_links_as_the_hub_cache_has_them(tmp_path: Path, make_checkpoint
     (tmp_path / "snapshot").mkdir()
     for path in blobs.iterdir():
         (tmp_path / "snapshot" / path.name).symlink_to(path)
-    assert torch.equal(Checkpoint.open(tmp_path / "snapshot").read("model.y.weight"), TENSORS["model.y.weight"])
+    assert torch.equal(Checkpoint.open(tmp_path / "snapshot").entry("model.y.weight").read(), TENSORS["model.y.weight"])
 
 
 def test_unknown_tensor_is_named(tmp_path: Path, make_checkpoint: Make) -> None:
     with pytest.raises(CheckpointError, match="has no tensor nope"):
-        Checkpoint.open(make_checkpoint(tmp_path / "c", TENSORS)).read("nope")
+        Checkpoint.open(make_checkpoint(tmp_path / "c", TENSORS)).entry("nope").read()
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..", "x.bin", ""])
@@ -138,8 +139,7 @@ def test_equal_values_looks_at_numbers_not_bytes(tmp_path: Path, make_checkpoint
     tensors["d"] = tensors["a"].clone()
     tensors["d"][1, 2] += 1
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "c", tensors))
-    path = checkpoint.shards[0].path
-    entries = {name: (path, checkpoint.entry(name)) for name in tensors}
-    assert equal_values(entries["a"], entries["b"])
-    assert not equal_values(entries["a"], entries["c"])
-    assert not equal_values(entries["a"], entries["d"])
+    a, b, c, d = (checkpoint.entry(name) for name in "abcd")
+    assert a.equals(b)
+    assert not a.equals(c)
+    assert not a.equals(d)

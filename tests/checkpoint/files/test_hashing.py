@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from portllm.checkpoint.files import hashing as module
-from portllm.checkpoint.files.hashing import cached, combine, digests, fingerprint, headers
-from portllm.checkpoint.files.headers import read_header
+from portllm.checkpoint.files.hashing import cached, combine, digests, fingerprint
+from portllm.checkpoint.files.headers import read_header, read_headers
 from portllm.errors import PortllmError
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.ones(0, 2)}
@@ -98,7 +98,7 @@ def test_another_file_in_the_same_place_is_seen(tmp_path: Path, make_checkpoint:
 def test_a_file_just_written_is_not_cached(tmp_path: Path, make_checkpoint: Make) -> None:
     folder = make_checkpoint(tmp_path / "c", TENSORS)
     fingerprint(folder)
-    assert cached(headers(folder)[0]) is None
+    assert cached(read_headers(folder)[0]) is None
     assert time.time_ns() - (folder / "model.safetensors").stat().st_mtime_ns < module.SETTLED_NS
 
 
@@ -148,7 +148,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
 
 def test_combine_is_what_fingerprint_prints(tmp_path: Path, make_checkpoint: Make) -> None:
     folder = make_checkpoint(tmp_path / "c", TENSORS, shards=[["a"], ["b", "c"]])
-    assert combine(digests(headers(folder))) == fingerprint(folder)
+    assert combine(digests(read_headers(folder))) == fingerprint(folder)
 
 
 def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:

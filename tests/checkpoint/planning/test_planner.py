@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from portllm.checkpoint.adapter.patch import Patch
+from portllm.checkpoint.base.base import Base
 from portllm.checkpoint.base.checkpoint import Checkpoint
-from portllm.checkpoint.base.layout import Layout, plain
-from portllm.checkpoint.planning.changes import Plan, check_saved, linears
+from portllm.checkpoint.base.layout import Layout
+from portllm.checkpoint.planning.changes import Plan
 from portllm.checkpoint.planning.planner import make_plan
+from portllm.checkpoint.planning.refusals import check_saved
 from portllm.errors import CheckpointError, ShapeError, UnmatchedModulesError, UnsupportedPatchError
 
 LLAMA = {"model_type": "llama", "vocab_size": 11, "tie_word_embeddings": False}
@@ -39,8 +41,8 @@ class World:
 
     def base(
         self, config: dict[str, Any] = LLAMA, tensors: dict[str, torch.Tensor] = TENSORS, name: str = "base"
-    ) -> Checkpoint:
-        return Checkpoint.open(self.make_checkpoint(self.folder / name, tensors, config))
+    ) -> Base:
+        return Base.plain(Checkpoint.open(self.make_checkpoint(self.folder / name, tensors, config)))
 
     def patch(self, pairs: dict[str, Any], **config: Any) -> Patch:
         return Patch.open(self.make_patch(self.folder / "patch", pairs, **config))
@@ -62,7 +64,7 @@ def test_every_module_gets_its_tensor(world: World) -> None:
 
 
 def test_embeddings_and_norms_are_no_linears(world: World) -> None:
-    assert linears(plain(world.base())) == {Q, "model.layers.0.mlp.up_proj", "lm_head"}
+    assert world.base().linears == {Q, "model.layers.0.mlp.up_proj", "lm_head"}
 
 
 def test_modules_the_base_lacks_are_named(world: World) -> None:
@@ -76,9 +78,9 @@ def test_modules_the_base_lacks_are_named(world: World) -> None:
 
 def test_tensors_of_no_parameter_of_the_model_are_not_found(world: World) -> None:
     """A config.json of another family: the names are on disk, but that model would never read them."""
-    nothing = Layout(modules={}, parts={}, tied={})
+    nothing = Layout(modules={}, blocks={}, tied={})
     with pytest.raises(UnmatchedModulesError, match="1 of the patch's 1 modules are not in"):
-        make_plan(world.patch({Q: lora(6, 4)}), world.base(), nothing)
+        make_plan(world.patch({Q: lora(6, 4)}), Base(world.base().checkpoint, nothing))
 
 
 def test_shapes_that_differ_are_named_with_both(world: World) -> None:
@@ -178,8 +180,8 @@ class TestSavedBaseWeights:
         extra = {"base_model.model.lm_head.base_layer.weight": weight}
         return world.patch({"lm_head": lora(11, 4)}, extra=extra)
 
-    def check(self, patch: Patch, new: Checkpoint, old: Checkpoint | None) -> None:
-        check_saved(patch, plain(new), new, old)
+    def check(self, patch: Patch, new: Base, old: Base | None) -> None:
+        check_saved(patch, new, old)
 
     def test_a_copy_of_the_new_base_is_fine(self, world: World) -> None:
         self.check(self.patch(world, torch.ones(11, 4).bfloat16()), world.base(), None)

@@ -14,7 +14,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portllm.checkpoint.files.headers import Header, TensorEntry
+from portllm.checkpoint.files.headers import Header
+from portllm.checkpoint.files.tensors import TensorEntry, TensorFile
 from portllm.checkpoint.record.card import Facts, patch_card, port_card, quoted
 from portllm.checkpoint.record.records import PatchRecord, PortRecord, Source
 from portllm.checkpoint.record.serving import serving
@@ -43,7 +44,9 @@ def front(card: str) -> dict[str, Any]:
 
 
 def header(*names: str, rank: int = 8) -> Header:
-    entries = {n: TensorEntry(n, "F32", (rank, 4) if "lora_A" in n else (4, rank), 0, 16 * rank) for n in names}
+    file = TensorFile(Path("adapter_model.safetensors"), 0, 0)
+    shapes = {n: (rank, 4) if "lora_A" in n else (4, rank) for n in names}
+    entries = {n: TensorEntry(n, "F32", shape, 0, 16 * rank, file) for n, shape in shapes.items()}
     return Header(Path("adapter_model.safetensors"), 0, 0, entries, {})
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from portllm.algebra.lora import round_once
-from portllm.checkpoint.verification.proof import Sample, first_difference, fitting
+from portllm.checkpoint.verification.proof import TensorSample, first_difference, fitting
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -49,9 +49,9 @@ def test_what_is_not_finite_fails_even_where_the_formula_says_so(value: float, e
 
 def test_a_sample_is_all_when_it_is_large_enough() -> None:
     sizes = {"a": 3, "b": 9, "c": 9}
-    assert Sample(3).choose(sizes) == Sample(1, everything=True).choose(sizes) == ["a", "b", "c"]
-    assert Sample(1).choose(sizes) == ["b"]
-    assert Sample(8).choose({}) == []
+    assert TensorSample(3).choose(sizes) == TensorSample(1, everything=True).choose(sizes) == ["a", "b", "c"]
+    assert TensorSample(1).choose(sizes) == ["b"]
+    assert TensorSample(8).choose({}) == []
 
 
 def test_only_what_memory_holds_is_computed() -> None:

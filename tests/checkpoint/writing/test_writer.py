@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import math
 import os
 import struct
 import subprocess
@@ -23,17 +22,17 @@ from safetensors.torch import load_file, save_file
 
 from portllm.algebra import lora, sums
 from portllm.algebra.edits import Edit, Plain, Replace
+from portllm.checkpoint.files import copying
+from portllm.checkpoint.files.copying import copy_and_hash
 from portllm.checkpoint.files.hashing import identity
-from portllm.checkpoint.files.headers import Header, TensorEntry, read_header
-from portllm.checkpoint.writing import segments as pieces
-from portllm.checkpoint.writing import stream
-from portllm.checkpoint.writing.placing import laid_out, nbytes, plain_file
-from portllm.checkpoint.writing.targets import Target, TargetFile
+from portllm.checkpoint.files.headers import Header, read_header
+from portllm.checkpoint.files.progress import ByteMeter
+from portllm.checkpoint.files.tensors import TensorEntry
+from portllm.checkpoint.writing import segments
+from portllm.checkpoint.writing.targets import Target, TargetFile, laid_out, new_entry, plain_file
 from portllm.checkpoint.writing.writer import (
     Job,
-    Meter,
     Written,
-    copy_file,
     write_files,
     write_subset,
 )
@@ -43,12 +42,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def add(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> Callable[[], Edit]:
-    return lambda: sums.AddLora(sums.Block(sums.Update(a, b, scale)))
+    return lambda: sums.AddLora(sums.PlacedUpdate(sums.Update(a, b, scale)))
 
 
 def write(header: Header, out: Path, edits: dict[str, Callable[[], Edit]], known: Any = ()) -> Written:
     """One file, its layout kept, with no progress to report."""
-    return write_files([plain_file(header, out, edits)], Job(dict(known), Meter(0)))[out]
+    return write_files([plain_file(header, out, edits)], Job(dict(known), ByteMeter(0)))[out]
+
+
+def by_name(digests: dict[TensorEntry, str]) -> dict[str, str]:
+    return {entry.name: digest for entry, digest in digests.items()}
 
 
 def blake3_of(data: bytes) -> str:
@@ -94,9 +97,9 @@ def test_any_layout(
         headers[folder / f"out-{i}.safetensors"] = header
         files.append(plain_file(header, folder / f"out-{i}.safetensors", edits))
     seen: list[tuple[int, int]] = []
-    meter = Meter(sum(map(nbytes, files)), lambda done, total: seen.append((done, total)))
+    meter = ByteMeter(sum(file.nbytes for file in files), lambda done, total: seen.append((done, total)))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(pieces, "PIECE_BYTES", piece)
+        patched.setattr(segments, "SEGMENT_BYTES", piece)
         written = write_files(files, Job({}, meter))
     for target, header in headers.items():
         result = written[target]
@@ -105,8 +108,8 @@ def test_any_layout(
         assert result.sources == {header.path: identity(header.path.stat())}
         for name, tensor in load_file(target).items():
             assert torch.equal(tensor, after[name])
-            assert result.before[header.tensors[name]] == digest(before[name])
-            assert result.after[header.tensors[name]] == digest(after[name])
+            assert by_name(result.before)[name] == digest(before[name])
+            assert by_name(result.after)[name] == digest(after[name])
     assert seen[-1] == (meter.total, meter.total)
     assert seen == sorted(seen)
 
@@ -144,15 +147,14 @@ class Centred(Plain):
 def test_an_edit_that_surveys_sees_every_old_row_first(
     one: Header, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 300)
+    monkeypatch.setattr(segments, "SEGMENT_BYTES", 300)
     write(one, tmp_path / "out", {"w": Centred})
     old = load_file(one.path)["w"]
     torch.testing.assert_close(load_file(tmp_path / "out")["w"], old - old.sum())
 
 
 def entry(name: str, dtype: str, *shape: int) -> TensorEntry:
-    width = {"F32": 4, "BF16": 2, "I64": 8, "BOOL": 1}[dtype]
-    return TensorEntry(name, dtype, shape, 0, math.prod(shape) * width)
+    return new_entry(name, dtype, shape)
 
 
 def test_tensors_of_several_files_and_of_none_in_one_file(one: Header, tmp_path: Path) -> None:
@@ -160,12 +162,12 @@ def test_tensors_of_several_files_and_of_none_in_one_file(one: Header, tmp_path:
     two = read_header(tmp_path / "two.safetensors")
     grown, a, b = torch.randn(50, 30), torch.randn(2, 5), torch.randn(6, 2)
     targets = [
-        Target(replace(one.tensors["w"], name="copy of w"), (one, one.tensors["w"])),
-        Target(two.tensors["y"], (two, two.tensors["y"]), add(a, b)),
+        Target(replace(one.tensors["w"], name="copy of w"), one.tensors["w"]),
+        Target(two.tensors["y"], two.tensors["y"], add(a, b)),
         Target(entry("w", "F32", 50, 30), None, lambda: Replace(lambda row, count: grown[row:][:count])),
     ]
     out = tmp_path / "out"
-    result = write_files([laid_out(targets, {}, out)], Job({}, Meter(0)))[out]
+    result = write_files([laid_out(targets, {}, out)], Job({}, ByteMeter(0)))[out]
     found, header = load_file(out), read_header(out)
     assert torch.equal(found["copy of w"], load_file(one.path)["w"])
     y = load_file(two.path)["y"]
@@ -184,8 +186,8 @@ def test_a_header_of_ones_own_is_the_one_safetensors_writes(tmp_path: Path) -> N
     }  # fmt: skip
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     theirs = read_header(tmp_path / "theirs")
-    targets = [Target(e, (theirs, e)) for e in reversed(theirs.tensors.values())]
-    write_files([laid_out(targets, theirs.metadata, tmp_path / "ours")], Job({}, Meter(0)))
+    targets = [Target(e, e) for e in reversed(theirs.tensors.values())]
+    write_files([laid_out(targets, theirs.metadata, tmp_path / "ours")], Job({}, ByteMeter(0)))
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
@@ -193,8 +195,8 @@ def test_known_digests_are_taken_as_they_are(one: Header, tmp_path: Path) -> Non
     known = {one.tensors["x"]: "1" * 64, one.tensors["w"]: "2" * 64}
     written = write(one, tmp_path / "out", {"w": add(torch.ones(1, 30), torch.ones(40, 1))}, known)
     assert written.before == known
-    assert written.after[one.tensors["x"]] == "1" * 64
-    assert written.after[one.tensors["w"]] == digest(load_file(tmp_path / "out")["w"])
+    assert by_name(written.after)["x"] == "1" * 64
+    assert by_name(written.after)["w"] == digest(load_file(tmp_path / "out")["w"])
 
 
 def test_a_port_of_plain_lora_needs_no_torch(
@@ -216,7 +218,7 @@ def test_a_port_of_plain_lora_needs_no_torch(
 
 def clone(out: int, request: int, source: int) -> None:
     """What FICLONE does, by copying."""
-    assert request == stream.FICLONE
+    assert request == copying.FICLONE
     Path(f"/proc/self/fd/{out}").write_bytes(Path(f"/proc/self/fd/{source}").read_bytes())
 
 
@@ -237,9 +239,11 @@ def test_on_a_file_system_that_shares_blocks_only_changes_are_written(
     result = write(one, tmp_path / "out", {"w": add(a, b)})
     assert (tmp_path / "out").read_bytes() == (tmp_path / "plain").read_bytes()
     assert sorted(spans) == [(0, one.data_start), (one.tensors["w"].start, one.tensors["w"].stop)]
-    assert result == plain
-    moved = [Target(replace(one.tensors["x"], name="y"), (one, one.tensors["x"]))]
-    write_files([laid_out(moved, {}, tmp_path / "moved")], Job({}, Meter(0)))  # a file of another layout is no clone
+    assert (result.digest, result.sources, result.before) == (plain.digest, plain.sources, plain.before)
+    assert by_name(result.after) == by_name(plain.after)
+    moved = [Target(replace(one.tensors["x"], name="y"), one.tensors["x"])]
+    # a file of another layout is no clone
+    write_files([laid_out(moved, {}, tmp_path / "moved")], Job({}, ByteMeter(0)))
     assert torch.equal(load_file(tmp_path / "moved")["y"], load_file(one.path)["x"])
 
 
@@ -269,7 +273,7 @@ def direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 40_000])
 def test_any_place_on_the_disks_pages(size: int, padding: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Headers of odd lengths put tensors at odd places; the file is the same through the page cache or past it."""
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 9000)
+    monkeypatch.setattr(segments, "SEGMENT_BYTES", 9000)
     old = torch.randn(size, dtype=torch.float32).bfloat16()
     save_file({"a": old, "b": old.view(-1, 1).clone()}, tmp_path / "aligned.safetensors")
     text = (tmp_path / "aligned.safetensors").read_bytes()
@@ -298,7 +302,7 @@ def test_one_failing_shard_stops_the_others(one: Header, tmp_path: Path) -> None
     def fail(*_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    shared = Job({}, Meter(0, fail))
+    shared = Job({}, ByteMeter(0, fail))
     with pytest.raises(OSError, match="No space left"):
         write_files([plain_file(one, tmp_path / f"out-{i}", {}) for i in range(9)], shared)
     assert shared.meter.cancelled.is_set()
@@ -328,7 +332,7 @@ def test_torchs_settings_are_as_before(one: Header, tmp_path: Path) -> None:
 def test_copy_file_follows_links(tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(b"bytes" * 300_000)
     (tmp_path / "link").symlink_to(tmp_path / "source")
-    digest = copy_file(tmp_path / "link", tmp_path / "copy", Meter(0))
+    digest = copy_and_hash(tmp_path / "link", tmp_path / "copy", ByteMeter(0))
     assert digest == blake3_of((tmp_path / "source").read_bytes())
     assert (tmp_path / "copy").read_bytes() == (tmp_path / "source").read_bytes()
     assert not (tmp_path / "copy").is_symlink()
@@ -336,7 +340,7 @@ def test_copy_file_follows_links(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("names", [["w"], ["x"], ["w", "x"], []])
 def test_a_subset_is_a_file_of_its_own(names: list[str], one: Header, tmp_path: Path) -> None:
-    meter = Meter(one.size)
+    meter = ByteMeter(one.size)
     digest = write_subset(one, names, tmp_path / "out", meter)
     assert digest == blake3_of((tmp_path / "out").read_bytes())
     assert meter.done == meter.total

@@ -58,8 +58,10 @@ def test_the_base_s_names_dtypes_and_companions_are_kept(tmp_path: Path, corpus:
     params = EvolveParams(mode=mode, block_length=16, optim=OPTIM, lora=LoraParams(r=2, alpha=4))
     evolve.run(base=base, corpus=corpus, out=tmp_path / "out", params=params)
     old, new = Checkpoint.open(base), Checkpoint.open(tmp_path / "out")
-    assert {n: (old.dtype(n), old.shape(n)) for n in old.names} == {n: (new.dtype(n), new.shape(n)) for n in new.names}
-    assert old.dtype("model.norm.weight") == "F32"
+    assert {n: (old.entry(n).dtype, old.entry(n).shape) for n in old.names} == {
+        n: (new.entry(n).dtype, new.entry(n).shape) for n in new.names
+    }
+    assert old.entry("model.norm.weight").dtype == "F32"
     assert ("lm_head.weight" in new.names) != tied
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
@@ -74,7 +76,7 @@ def test_every_weight_is_rounded_once(tmp_path: Path, corpus: Path, monkeypatch:
     if mode == "full":
         exact = {name: p.detach().double().clone() for name, p in made.model.named_parameters()}
     else:
-        exact = {name: old.read(name).double() for name in old.names}
+        exact = {name: old.entry(name).read().double() for name in old.names}
         for name, module in made.model.get_base_model().named_modules():
             if hasattr(module, "lora_A"):
                 a, b = (side["default"].weight.detach().double() for side in (module.lora_A, module.lora_B))
@@ -85,9 +87,9 @@ def test_every_weight_is_rounded_once(tmp_path: Path, corpus: Path, monkeypatch:
     new = Checkpoint.open(folder)
     assert set(new.names) == set(exact)
     for name, tensor in exact.items():
-        kind = new.read(name).dtype
+        kind = new.entry(name).read().dtype
         # to fp32 first: it holds what a double does here but for ties, which these sums do not meet
-        assert torch.equal(new.read(name), tensor.float().to(kind)), name
+        assert torch.equal(new.entry(name).read(), tensor.float().to(kind)), name
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
@@ -132,8 +134,8 @@ def test_a_lora_on_a_tied_head_unties_it(tmp_path: Path, corpus: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
     old, new = Checkpoint.open(base), Checkpoint.open(folder)
-    assert torch.equal(old.read("model.embed_tokens.weight"), new.read("model.embed_tokens.weight"))
-    assert not torch.equal(new.read("lm_head.weight"), new.read("model.embed_tokens.weight"))
+    assert torch.equal(old.entry("model.embed_tokens.weight").read(), new.entry("model.embed_tokens.weight").read())
+    assert not torch.equal(new.entry("lm_head.weight").read(), new.entry("model.embed_tokens.weight").read())
     from transformers import AutoModelForCausalLM
 
     ids = torch.arange(3, 15)[None]

@@ -91,9 +91,9 @@ def loaded(base: Checkpoint, name: str = "") -> dict[str, torch.Tensor]:
 def assembled(base: Checkpoint, layout: Layout, parameter: str, shape: torch.Size) -> torch.Tensor:
     """A parameter put together from its parts; NaN where nothing is, and an error where two parts meet."""
     value = torch.full(shape, torch.nan)
-    for part in layout.parts[parameter]:
+    for part in layout.blocks[parameter]:
         at = tuple(i if isinstance(i, int) else slice(*i) for i in part.at)
-        block = base.read(part.tensor)[tuple(slice(*span) for span in part.of)].to(torch.float32)
+        block = base.entry(part.tensor).read()[tuple(slice(*span) for span in part.of)].to(torch.float32)
         block = block.mT if part.transposed else block
         assert value[at].shape == block.shape
         assert value[at].isnan().all(), f"{parameter}: two parts at {part.at}"
@@ -109,7 +109,7 @@ def assert_right(base: Checkpoint, layout: Layout, memory: Mapping[str, torch.Te
         assert torch.equal(assembled(base, layout, kept, value.shape), value.detach()), name
     held = [(f"{name}.{key}", shape) for name, m in layout.modules.items() for key, shape in m.parameters.items()]
     assert {name.lstrip("."): shape for name, shape in held} == {name: value.shape for name, value in memory.items()}
-    assert layout.parts.keys() <= memory.keys()
+    assert layout.blocks.keys() <= memory.keys()
     assert_ties(layout, memory)
 
 
@@ -133,7 +133,7 @@ def rewrite(
     base: Checkpoint, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], **config: Any
 ) -> Checkpoint:
     """The same checkpoint in one file with other tensors, and other settings; None takes a setting away."""
-    tensors = change({name: base.read(name) for name in base.names})
+    tensors = change({name: base.entry(name).read() for name in base.names})
     for path in base.path.glob("model*"):
         path.unlink()
     save_file(tensors, base.path / "model.safetensors", metadata={"format": "pt"})
@@ -151,9 +151,9 @@ def test_gpt2_as_the_hub_has_it(save: Callable[..., Checkpoint]) -> None:
     extra = {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8) for i in range(2)}
     base = rewrite(save(*MODELS["gpt2"]), lambda t: renamed("transformer.", "")(t) | extra)
     layout = built(base)
-    assert layout.parts["transformer.wte.weight"][0].tensor == "wte.weight"
+    assert layout.blocks["transformer.wte.weight"][0].tensor == "wte.weight"
     assert layout.modules["transformer.h.0.attn.c_attn"].kind == "conv1d"
-    assert not {part.tensor for parts in layout.parts.values() for part in parts} & extra.keys()
+    assert not {part.tensor for parts in layout.blocks.values() for part in parts} & extra.keys()
     assert_right(base, layout, loaded(base))
 
 
@@ -164,7 +164,7 @@ def test_tensors_that_the_model_does_not_load_are_not_in_the_layout(save: Callab
     }
     base = rewrite(save(*MODELS["llama"]), lambda t: t | extra)
     layout = built(base)
-    assert {part.tensor for parts in layout.parts.values() for part in parts} == set(base.names) - extra.keys()
+    assert {part.tensor for parts in layout.blocks.values() for part in parts} == set(base.names) - extra.keys()
 
 
 @pytest.mark.parametrize("old", ["model.language_model.", "language_model.model."])
@@ -178,7 +178,7 @@ def test_a_vision_language_model(model: str, old: str, save: Callable[..., Check
     base = rewrite(base, renamed(mine, old))
     layout = built(base)
     assert (
-        layout.parts["model.language_model.layers.0.mlp.up_proj.weight"][0].tensor
+        layout.blocks["model.language_model.layers.0.mlp.up_proj.weight"][0].tensor
         == f"{old}layers.0.mlp.up_proj.weight"
     )
     assert_right(base, layout, loaded(base))
@@ -247,7 +247,7 @@ def test_a_classifier_keeps_its_own_head(save: Callable[..., Checkpoint]) -> Non
 def test_a_causal_patch_on_a_bare_model_has_the_language_models_layout(save: Callable[..., Checkpoint]) -> None:
     base = save(*MODELS["llama bare"])
     layout = built(base, "CAUSAL_LM")
-    assert layout.parts["model.norm.weight"][0].tensor == "norm.weight"
+    assert layout.blocks["model.norm.weight"][0].tensor == "norm.weight"
     assert layout.absent == {"lm_head.weight": "lm_head.weight"}
 
 
@@ -256,7 +256,7 @@ def test_experts_stored_fused_already(save: Callable[..., Checkpoint]) -> None:
     memory = {name: value.detach().clone() for name, value in loaded(base).items()}
     base = rewrite(base, lambda _: memory)
     layout = built(base)
-    assert layout.parts["model.layers.0.mlp.experts.down_proj"][0].of == ((0, 4), (0, 16), (0, 24))
+    assert layout.blocks["model.layers.0.mlp.experts.down_proj"][0].of == ((0, 4), (0, 16), (0, 24))
     assert_right(base, layout, loaded(base))
 
 
@@ -292,7 +292,7 @@ def test_an_operation_not_followed_leaves_its_parameters_out_by_name(
     reasons = {"self_attn.o_proj": one, "mlp.gate_proj": two, "mlp.up_proj": two}
     assert layout.opaque == {f"model.layers.{i}.{k}.weight": v for i in range(2) for k, v in reasons.items()}
     gone = {*layout.opaque, "model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"}
-    assert layout.parts == {name: parts for name, parts in whole.parts.items() if name not in gone}
+    assert layout.blocks == {name: parts for name, parts in whole.blocks.items() if name not in gone}
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -334,7 +334,7 @@ def test_experts_both_fused_and_separate_are_left_out(save: Callable[..., Checkp
     base = rewrite(save(*MODELS["mixtral"]), lambda t: t | {name: torch.zeros(4, 16, 24)})
     layout = built(base)
     assert layout.opaque == {name: "both fused and in pieces"}
-    assert name not in layout.parts
+    assert name not in layout.blocks
 
 
 def test_a_missing_expert_is_an_error(save: Callable[..., Checkpoint]) -> None:
@@ -364,7 +364,7 @@ def test_one_tensor_on_disk_that_is_several_parameters(
     base = rewrite(save(*MODELS["llama"]), fuse)
     odd_rules(fused)
     layout = built(base)
-    last = layout.parts[f"model.layers.1.{many[-1]}"]
+    last = layout.blocks[f"model.layers.1.{many[-1]}"]
     assert [part.tensor for part in last] == ["model.layers.1.fused.weight"]
     assert_right(base, layout, loaded(base))
 
@@ -379,7 +379,7 @@ def test_fused_experts_transposed_on_disk(save: Callable[..., Checkpoint]) -> No
     assert len(turned) == 4
     base = rewrite(base, lambda t: {k: v.mT.contiguous() if k in turned else v for k, v in t.items()})
     layout = built(base)
-    assert all(part.transposed for name in turned for part in layout.parts[name])
+    assert all(part.transposed for name in turned for part in layout.blocks[name])
     assert_right(base, layout, loaded(base))
 
 
