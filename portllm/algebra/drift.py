@@ -1,4 +1,4 @@
-"""How far a release moved from another: drift = ‖θ' − θ‖_F / ‖θ‖_F."""
+"""The distance of a release from another: drift = ‖θ' − θ‖_F / ‖θ‖_F."""
 
 from __future__ import annotations
 

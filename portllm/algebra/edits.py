@@ -1,4 +1,4 @@
-"""What becomes of one tensor, row by row: every way a patch changes a weight, with one rounding to the weight's dtype.
+"""Edits of one tensor, row by row: every way a patch changes a weight, with one rounding to the weight's dtype.
 
 A tensor is seen as (rows, columns): leading axes flattened, a vector as one row. Each edit is written twice: `rows`
 works in blocks and is what a port runs; `exact` is the formula over the whole tensor in float64, what `verify`

@@ -1,4 +1,4 @@
-"""The compiled sums of _sums.c, where the package was installed with a C compiler at hand; sums.py knows both ways.
+"""The compiled sums of _sums.c, where the package was installed with a C compiler; sums.py uses it or numpy.
 
 PORTLLM_KERNEL says how far to go: `numpy` leaves the library alone, `plain`, `avx2` and `avx512` name instructions.
 """

@@ -1,4 +1,4 @@
-"""LoRA's weight update Δ = scale · B A, added to weights with one rounding, and what is known of it without forming it.
+"""LoRA's weight update Δ = scale · B A, added to weights with one rounding, and its norms without forming it.
 
 LoRA: arXiv:2106.09685. Everywhere: a is A (r, in), b is B (out, r), Δ is (out, in).
 """

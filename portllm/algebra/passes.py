@@ -1,4 +1,4 @@
-"""The sums of sums.py by numpy's passes over blocks, in float64: what any machine can do.
+"""The sums of sums.py by numpy, in passes over blocks in float64: for machines without the compiled library.
 
 As arrays, weights are float64, float32, float16, or uint16, which holds the bits of bfloat16.
 """

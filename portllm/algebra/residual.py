@@ -1,4 +1,4 @@
-"""What a port drops: R = Δ' − Δ, where Δ' is the patch re-tuned on the release and Δ the one carried over.
+"""The residual that a port drops: R = Δ' − Δ, with Δ' the patch re-tuned on the release and Δ the ported one.
 
 Sums of LoRA products are one product of stacked factors (arXiv:2106.09685), so no (out, in) matrix is formed for
 the patches: their norms are traces of rank × rank matrices.

@@ -1,4 +1,4 @@
-"""W + Δ, each sum rounded once to the weight's dtype, by numpy alone: what most ports are made of.
+"""W + Δ, each sum rounded once to the weight's dtype, without torch: the arithmetic of most ports.
 
 Importing torch takes ten times as long as porting a small model, so nothing here needs it; its tensors are taken, too.
 As arrays, weights are float64, float32, float16, or uint16, which holds the bits of bfloat16. LoRA: arXiv:2106.09685.
