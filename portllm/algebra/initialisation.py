@@ -1,4 +1,4 @@
-"""The part that an initialisation takes out of the base before training: PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775).
+"""What PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) take out of the base before training.
 
 Both start B A from the weight itself and train against the rest, W − s·B0 A0. So on another base, which nothing was
 taken out of, the patch is s·(B1 A1 − B0 A0), and B0 A0 must be computed again from the base it was made on.

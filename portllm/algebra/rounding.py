@@ -1,4 +1,4 @@
-"""The exact sum W + b @ a of single elements, rounded once: used by both implementations of the sums where float64 cannot decide.
+"""The exact sum W + b @ a of single elements, rounded once: where float64 cannot decide the rounding of a sum.
 
 As arrays, weights are float32, float16, or uint16, which holds the bits of bfloat16; factors are float64.
 """
