@@ -7,7 +7,7 @@
     replacements.py     changes by saved modules, trained tokens, heads, grown vocabularies
     tying.py            tied embeddings and heads
     refusals.py         what is refused before anything is written
-    planner.py          make_plan (from headers), plan_port (after every refusal)
+    planner.py          make_plan (from headers), plan_port (every refusal, the record begun)
 
 Public names, imported on first use: `Change`, `Plan`, `make_plan`, `plan_port`.
 """

@@ -5,12 +5,14 @@ Whatever came out of a file (names, tasks, licences) is quoted: it can break nei
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from portllm.checkpoint.files.hashing import file_digest
 from portllm.checkpoint.files.headers import Header, read_header
 from portllm.checkpoint.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, CONFIG
 from portllm.checkpoint.files.reading import open_input, read_json_object
@@ -60,6 +62,18 @@ class Facts:
             license=_license(base / CARD),
             data=trained.data if trained is not None else {},
         )
+
+
+def complete(record: PortRecord, folder: Path, base: Path, patch: Path) -> PortRecord:
+    """Write the card and port.json of what is in `folder`, which makes it complete; return the record of both.
+
+    `base` and `patch` are the directories it was made from. Raises CheckpointError, OSError.
+    """
+    (folder / CARD).write_text(port_card(record, Facts.of(folder, base, patch)), encoding="utf-8")
+    files = {**record.files, CARD: file_digest(folder / CARD, "blake3")}
+    record = dataclasses.replace(record, files=dict(sorted(files.items())))
+    record.write(folder)
+    return record
 
 
 def port_card(record: PortRecord, facts: Facts | None = None) -> str:

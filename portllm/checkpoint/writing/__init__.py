@@ -5,7 +5,7 @@
     stream.py     segments on their way to the disk
     writer.py     all files of a port, in parallel
     ported.py     write_merged: base and patch in one checkpoint
-    adapter.py    write_adapter: the patch, re-targeted
+    adapter.py    write_port: either; write_adapter: the patch, re-targeted
 
 Public names, imported on first use: `Ported`, `Target`, `TargetFile`, `target_files`, `write_adapter`, `write_merged`.
 """

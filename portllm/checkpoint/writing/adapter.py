@@ -1,7 +1,8 @@
-"""What a port writes as an adapter: the patch, re-targeted to the new base."""
+"""A planned port carried out; as an adapter it is the patch, re-targeted to the new base."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -16,14 +17,33 @@ from portllm.checkpoint.files.hashing import file_digest, fingerprint
 from portllm.checkpoint.files.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, tokenizer_files
 from portllm.checkpoint.files.output import check_room
 from portllm.checkpoint.files.progress import ByteMeter, Progress
+from portllm.checkpoint.planning.changes import Plan
 from portllm.checkpoint.planning.initialisation import derived
 from portllm.checkpoint.planning.low_rank import LowRank
-from portllm.checkpoint.writing.ported import Ported, under
+from portllm.checkpoint.record.records import PortRecord
+from portllm.checkpoint.writing.ported import Ported, under, write_merged
 from portllm.checkpoint.writing.targets import Target, TargetFile, laid_out, new_entry
 from portllm.checkpoint.writing.writer import Job, write_files, write_subset
 
 if TYPE_CHECKING:
     from portllm.algebra.edits import Edit
+
+
+def write_port(
+    folder: Path, patch: Patch, base: Base, plan: Plan, record: PortRecord, *, old: Base | None = None,
+    on_progress: Progress | None = None,
+) -> PortRecord:  # fmt: skip
+    """Write what `record` names into `folder`, a merged checkpoint or a re-targeted patch; return the record with it.
+
+    Raises as `write_merged` and `write_adapter`.
+    """
+    if record.output == "merged":
+        ported = write_merged(folder, patch, base, plan, on_progress)
+    else:
+        ported = write_adapter(
+            folder, patch, base, old, name=record.base.name, scale=record.scale, on_progress=on_progress
+        )
+    return record.completed(**dataclasses.asdict(ported))
 
 
 def write_adapter(
