@@ -11,8 +11,9 @@ Public names, imported on first use: `read`, `orphans`, `find`, `Findings`, `par
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from portllm import lazy
 
 if TYPE_CHECKING:
     from portllm.reporting.findings.costs import CostFindings, find_costs
@@ -47,7 +48,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy.exporter(__name__, _HOMES)
