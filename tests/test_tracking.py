@@ -431,13 +431,14 @@ def test_a_recorder_that_does_not_work_neither_blocks_nor_fails_the_stage(tmp_pa
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     lines = []
+    before = psutil.Process().children()  # of other tests in this process
     started = time.monotonic()
     with track("train", name="train", params={}, root=tmp_path, warn=lines.append, wait_seconds=1.0) as tracker:
         for step in range(20_000):  # some megabytes: many times what a pipe holds
             tracker.metrics(step, {"loss": 1.0, "learning_rate": 0.1})
     assert time.monotonic() - started < 10
     assert len(lines) == 1
-    assert psutil.Process().children() == []
+    assert set(psutil.Process().children()) <= set(before)
 
 
 def test_without_an_interpreter_the_stage_still_runs(tmp_path, monkeypatch):

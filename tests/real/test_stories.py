@@ -86,7 +86,7 @@ def test_a_ported_patch_does_on_the_new_release_what_it_did_on_the_old(world: di
     from peft import PeftModel
 
     root, kept = world["root"], world["kept"]
-    record = portllm.port(root / "patch", onto=root / "v1", out=root / "ported", source=STORIES)
+    record = portllm.port(root / "patch", onto=root / "v1", out=root / "ported", from_=STORIES)
     assert record.modules == {"matched": 35, "total": 36}
 
     (ported, tokenizer), (v1, _), (v0, _) = load(root / "ported"), load(root / "v1"), load(STORIES)
@@ -123,6 +123,6 @@ def perplexity_of(answer: str, model: Any, tokenizer: Any, prompts: Sequence[str
 def test_the_bytes_of_a_verified_port(world: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "ported"
     portllm.port(world["root"] / "patch", onto=world["root"] / "v1", out=out)
-    proven = portllm.verify(out, onto=world["root"] / "v1", patch=world["root"] / "patch", sample=None)
+    proven = portllm.verify(out, onto=world["root"] / "v1", patch=world["root"] / "patch", all=True)
     assert proven.proof is not None
     assert len(proven.proof.recomputed) == 35
