@@ -1,11 +1,10 @@
-/* W + Δ, each sum rounded once to the weight's dtype: what sums.py does with numpy, in one pass over the weights.
+/* W + Δ, each sum rounded once to the weight's dtype: the computation of passes.py, in one pass over the weights.
 
    Δ = b @ a, where b (rows, rank) is already scaled. Weights of 16 bits are first summed in float, with a bound of the
-   error; where a value between two neighbours of the dtype lies within the bound, the sum is formed again in double,
-   with its own bound; where that does not tell either, the element is handed back to Python, which reckons exactly. So
-   what is written is the exact sum rounded once, ties to even, whatever the instructions and the order of the terms.
-   Weights of float32 start with the sums in double. Nothing here allocates, and nothing is Python's: kernel.py checks
-   all that is passed. */
+   error. Where a tie of the dtype lies within the bound, the sum is computed again in double, with its own bound. Where
+   that does not decide either, the element is returned to Python, which computes it exactly. So the written value is
+   the exact sum rounded once, ties to even, for any instructions and any order of the terms. Weights of float32 start
+   with the sums in double. Nothing here allocates or uses Python's objects: kernel.py checks all arguments. */
 
 #include <float.h>
 #include <stdint.h>
@@ -15,14 +14,14 @@
 #error "the bounds hold for IEEE arithmetic without excess precision"
 #endif
 
-#define VERSION 1 /* of `struct sums`; kernel.py takes no other */
-#define PANEL 32  /* columns of A that stand together */
-#define CHUNK 8   /* terms summed apart, which halves the bound at common ranks and more beyond */
+#define VERSION 1 /* of `struct sums`; kernel.py accepts no other */
+#define PANEL 32  /* adjacent columns of A */
+#define CHUNK 8   /* terms summed separately: halves the bound at common ranks, and more above */
 #define CACHE (256 << 10) /* bytes of A that stay in the second-level cache */
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 
-#define LARGE 0x1p960 /* what is larger is no sum: kernel.py sees to that */
+#define LARGE 0x1p960 /* above every finite sum: sums.py checks that */
 
 enum kind { BF16, F16, F32 };
 
@@ -31,17 +30,17 @@ enum kind { BF16, F16, F32 };
 #define SPECIAL(kind) ((kind) == BF16 ? 0x7F80 : 0x7C00)   /* bits that infinity and NaN share */
 
 struct sums {
-    const char *old; /* (rows, columns) weights; the rows old_stride bytes apart */
+    const char *old; /* (rows, columns) weights; rows are old_stride bytes apart */
     char *out;
     int64_t old_stride, out_stride;
     int64_t rows, columns, rank;
     const float *panels; /* A (columns / PANEL rounded up, rank, PANEL), 0 beyond the last column */
-    const float *norms;  /* of A's columns, at least; 0 beyond the last */
-    const float *b, *reach;            /* (rows, rank); (rows,) error of float over a column's norm, twice, at least */
-    const double *wide_b, *wide_reach; /* the same for double, the error once */
-    int64_t *doubtful;   /* room for the flat indices of what is handed back */
-    int64_t room, found; /* found > room: there was more */
-    uint32_t largest;    /* bits of the largest absolute value written; above those of infinity where one is NaN */
+    const float *norms;  /* upper bounds for A's columns; 0 beyond the last */
+    const float *b, *reach;            /* (rows, rank); (rows,) twice the bound of float's error over a column's norm */
+    const double *wide_b, *wide_reach; /* the same for double, with the bound once */
+    int64_t *doubtful;   /* memory for the flat indices of undecided elements */
+    int64_t room, found; /* found > room: there are more */
+    uint32_t largest;    /* bits of the largest absolute value written; above those of infinity for NaN */
 };
 
 INLINE uint32_t bits_of(float x)
@@ -51,7 +50,7 @@ INLINE uint32_t bits_of(float x)
     return bits;
 }
 
-INLINE double power_of_2(double x) /* the largest that is not above x */
+INLINE double power_of_2(double x) /* the largest not above x */
 {
     uint64_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -67,7 +66,7 @@ INLINE float float_of(uint32_t bits)
     return x;
 }
 
-/* The bits of a double rounded once to the dtype, ties to even. */
+/* Return the bits of a double rounded once to the dtype, ties to even. */
 static uint32_t rounded(enum kind kind, double x)
 {
     double size = __builtin_fabs(x), unit, magic, near = size;
@@ -78,7 +77,7 @@ static uint32_t rounded(enum kind kind, double x)
         return kind == BF16 ? 0x7FC0 : 0x7E00;
     if (size < LARGE) {
         unit = power_of_2(size > LEAST(kind) ? size : LEAST(kind));
-        magic = unit * MAGIC(kind); /* so large that the sum's last bit is worth what the dtype's is */
+        magic = unit * MAGIC(kind); /* so large that the sum's last bit has the value of the dtype's */
         near = (size + magic) - magic;
     }
     if (kind == BF16)
@@ -100,7 +99,7 @@ static double widened(enum kind kind, const char *at)
     return (double)float_of(size | (bits & 0x8000) << 16) * 0x1p112;
 }
 
-/* One element again, in double; its bits, or 0 where it is handed back. */
+/* Compute one element again in double; return its bits, or 0 where it is undecided. */
 static uint32_t __attribute__((noinline)) decide(struct sums *s, enum kind kind, int64_t row, int64_t column)
 {
     int width = kind == F32 ? 4 : 2;
@@ -138,7 +137,7 @@ INLINE void note(struct sums *s, uint32_t size)
 #define JOIN(x, y) JOIN_(x, y)
 #define NAME(x) JOIN(x, LEVEL)
 
-/* Conversions, which not every compiler makes one instruction of. */
+/* Conversions; not every compiler compiles them to one instruction. */
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -188,7 +187,7 @@ EXPORT int portllm_sums_version(void)
     return VERSION;
 }
 
-/* How far this machine's instructions go: 2 AVX-512, 1 AVX2 with FMA, 0 what every machine has. */
+/* Return the level of this machine's instructions: 2 AVX-512, 1 AVX2 with FMA, 0 the common ones. */
 EXPORT int portllm_sums_level(void)
 {
 #if defined(__x86_64__)

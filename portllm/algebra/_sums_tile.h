@@ -1,5 +1,5 @@
-/* The loops of _sums.c for one set of instructions: LEVEL names it, BYTES is a register's size, TALL how many rows of
-   sums are in registers at a time. Vectors are those of the compiler, gcc or clang. */
+/* The loops of _sums.c for one set of instructions: LEVEL names it, BYTES is a register's size, TALL the number of rows
+   of sums in registers. Vectors are extensions of the compiler, gcc or clang. */
 
 #define LANES (BYTES / 4)
 
@@ -33,15 +33,15 @@ TARGET INLINE words NAME(greater)(words one, words other)
     return (one & mask) | (other & ~mask);
 }
 
-/* 16-bit weights as floats. */
+/* Return 16-bit weights as floats. */
 TARGET INLINE floats NAME(widen)(enum kind kind, words bits)
 {
     if (kind == BF16)
         return (floats)(bits << 16);
-    return (floats)((bits & 0x7FFF) << 13 | (bits & 0x8000) << 16) * 0x1p112f; /* but infinity and NaN */
+    return (floats)((bits & 0x7FFF) << 13 | (bits & 0x8000) << 16) * 0x1p112f; /* except infinity and NaN */
 }
 
-/* Sums rounded to the nearest, their bits; `doubt` where a value half-way between two lies within `twice` / 2. */
+/* Return the bits of sums rounded to the nearest; set `doubt` where a tie lies within `twice` / 2 of the sum. */
 TARGET INLINE words NAME(narrow)(enum kind kind, floats sum, floats twice, words *doubt)
 {
     words bits = (words)sum, sign = bits & 0x80000000, size = bits ^ sign;
@@ -62,7 +62,7 @@ TARGET INLINE words NAME(narrow)(enum kind kind, floats sum, floats twice, words
     return (words)((floats)size * 0x1p-112f) >> 13 | sign >> 16;
 }
 
-/* The bits of doubles rounded once to a dtype of 16 bits, but for NaN. */
+/* Return the bits of doubles rounded once to a dtype of 16 bits, except NaN. */
 TARGET INLINE few_words NAME(rounded)(enum kind kind, doubles x)
 {
     longs size = (longs)x & 0x7FFFFFFFFFFFFFFF, least = (longs)((doubles){0} + LEAST(kind)), unit = size, small;
@@ -81,7 +81,7 @@ TARGET INLINE few_words NAME(rounded)(enum kind kind, doubles x)
     return (few_words)close >> 13 | sign;
 }
 
-/* 16-bit sums in double, for one register of weights at `old`; only those in doubt are taken. */
+/* Return 16-bit sums computed in double for one register of weights at `old`, used only where in doubt. */
 TARGET static __attribute__((noinline)) words NAME(again)(struct sums *s, enum kind kind, int64_t row, int64_t column,
                                                           const char *old, words result, words doubt)
 {
@@ -117,7 +117,7 @@ TARGET static __attribute__((noinline)) words NAME(again)(struct sums *s, enum k
         error = (doubles)((longs)sum & 0x7FFFFFFFFFFFFFFF) * unit + least;
         error += DOUBLES_OF(norm[h]) * reach;
         low = NAME(rounded)(kind, sum - error), high[h] = NAME(rounded)(kind, sum + error);
-        unsure[h] = (low ^ high[h]) | __builtin_convertvector((longs) ~(error < LARGE), few_words); /* not a number, too */
+        unsure[h] = (low ^ high[h]) | __builtin_convertvector((longs) ~(error < LARGE), few_words); /* also NaN */
     }
     memcpy(&sure, high, sizeof sure);
     result = (sure & doubt) | (result & ~doubt);
@@ -137,7 +137,7 @@ TARGET static __attribute__((noinline)) words NAME(again)(struct sums *s, enum k
     return result;
 }
 
-/* `tall` rows of one panel: 16-bit weights at `old` to `out`. */
+/* Write the sums of `tall` rows of one panel: 16-bit weights at `old` to `out`. */
 TARGET INLINE void NAME(tile)(struct sums *s, enum kind kind, int tall, int64_t row, int64_t panel, const char *old,
                               int64_t old_stride, char *out, int64_t out_stride, words *largest)
 {
@@ -175,7 +175,7 @@ TARGET INLINE void NAME(tile)(struct sums *s, enum kind kind, int tall, int64_t 
                 memcpy(&norm, norms + at + v * LANES, BYTES);
                 bits = WORDS_OF(short_bits);
                 sum = NAME(widen)(kind, bits) + total[r][v];
-                /* the least term is for what underflows, and for the sign of 0 */
+                /* the smallest term covers underflow and the sign of 0 */
                 twice = norm * s->reach[row + r] + (floats)((words)sum & 0x7FFFFFFF) * 0x1.04p-23f;
                 twice += s->reach[row + r] > 0 ? (kind == BF16 ? 0x1p-132f : 0x1p-120f) : 0.0f;
                 result[r][v] = NAME(narrow)(kind, sum, twice, &doubt[r][v]);
@@ -198,7 +198,7 @@ TARGET INLINE void NAME(tile)(struct sums *s, enum kind kind, int tall, int64_t 
     }
 }
 
-/* The same for weights of float32, whose sums are formed in double. */
+/* Write the same for weights of float32, with sums in double. */
 TARGET INLINE void NAME(wide_tile)(struct sums *s, int tall, int64_t row, int64_t panel, const char *old,
                                    int64_t old_stride, char *out, int64_t out_stride, words *largest)
 {
@@ -262,7 +262,7 @@ TARGET INLINE void NAME(wide_tile)(struct sums *s, int tall, int64_t row, int64_
         (*largest)[i] = most[i] > (*largest)[i] ? most[i] : (*largest)[i];
 }
 
-/* `tall` rows of one panel, which may reach beyond the last column. */
+/* Write `tall` rows of one panel, which may extend beyond the last column. */
 TARGET INLINE void NAME(panel)(struct sums *s, enum kind kind, int tall, int64_t row, int64_t panel, words *largest)
 {
     int width = kind == F32 ? 4 : 2;

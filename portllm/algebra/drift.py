@@ -1,4 +1,4 @@
-"""The distance of a release from another: drift = ‖θ' − θ‖_F / ‖θ‖_F."""
+"""The distance between two releases: drift = ‖θ' − θ‖_F / ‖θ‖_F."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ BLOCK_ELEMENTS = 2**20
 
 
 def squared_distance(new: Tensor, old: Tensor) -> float:
-    """‖new − old‖²_F of two tensors of one shape and any float dtype; differences in fp32, summed in fp64.
+    """Return ‖new − old‖²_F of two tensors of one shape and any float dtype; differences in fp32, summed in fp64.
 
-    Block by block: no temporary larger than BLOCK_ELEMENTS. Raises ValueError when the shapes differ.
+    Works block by block: no temporary is larger than BLOCK_ELEMENTS. Raises ValueError when the shapes differ.
     """
     if new.shape != old.shape:
         raise ValueError(f"shapes differ: {tuple(new.shape)} and {tuple(old.shape)}")
@@ -22,12 +22,12 @@ def squared_distance(new: Tensor, old: Tensor) -> float:
 
 
 def squared_norm(x: Tensor) -> float:
-    """‖x‖²_F of a tensor of any float dtype, summed in fp64 block by block."""
+    """Return ‖x‖²_F of a tensor of any float dtype, summed in fp64 block by block."""
     return math.fsum(_squares(block.float()) for block in _blocks(x))
 
 
 def ratio(squared_part: float, squared_whole: float) -> float | None:
-    """√part / √whole, or None where the whole is zero (a tensor of zeros has no relative drift)."""
+    """Return √part / √total, or None where the total is zero (a tensor of zeros has no relative drift)."""
     return math.sqrt(squared_part / squared_whole) if squared_whole > 0 else None
 
 

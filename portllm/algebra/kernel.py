@@ -1,6 +1,6 @@
-"""The compiled sums of _sums.c, where the package was installed with a C compiler; sums.py uses it or numpy.
+"""The compiled library of _sums.c, present where the package was installed with a C compiler; sums.py uses it or numpy.
 
-PORTLLM_KERNEL says how far to go: `numpy` leaves the library alone, `plain`, `avx2` and `avx512` name instructions.
+PORTLLM_KERNEL limits the instructions: `numpy` disables the library; `plain`, `avx2` and `avx512` name instructions.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 VARIABLE = "PORTLLM_KERNEL"
-LEVELS = ("plain", "avx2", "avx512")  # by their number in _sums.c
-VERSION, PANEL, CHUNK = 1, 32, 8  # as there
-ROOM = 4096  # elements of one call that are handed back
-LONGEST = 4096  # rank: beyond, the bound of float's error would be of no use
+LEVELS = ("plain", "avx2", "avx512")  # the index is the number in _sums.c
+VERSION, PANEL, CHUNK = 1, 32, 8  # as in _sums.c
+ROOM = 4096  # elements that one call can return as undecided
+LONGEST = 4096  # largest rank: above it, the bound of float32's error is too large to decide a rounding
 
-_KINDS = {"uint16": 0, "float16": 1, "float32": 2}  # bfloat16 is held as uint16
+_KINDS = {"uint16": 0, "float16": 1, "float32": 2}  # bfloat16 is stored as uint16
 
 
 class _Sums(ctypes.Structure):
-    """`struct sums`."""
+    """`struct sums` of _sums.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("old", "out")),
@@ -43,32 +43,32 @@ class _Sums(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Panels:
-    """A in float32 as the library wants it, PANEL columns together, and at least the norm of each column."""
+    """A in float32 in the library's layout, PANEL columns together, and an upper bound of each column's norm."""
 
     values: Array  # (panels, r, PANEL)
     norms: Array  # (panels * PANEL,)
 
 
 def level() -> int | None:
-    """The number of the instructions in use; None where numpy computes. Raises ParamsError."""
-    wanted = os.environ.get(VARIABLE, "")
-    if wanted not in ("", "numpy", *LEVELS):
-        raise ParamsError(f"{VARIABLE} is {wanted!r}, expected numpy, {', '.join(LEVELS)} or nothing")
+    """Return the number of the instructions in use, or None where numpy computes. Raises ParamsError."""
+    limit = os.environ.get(VARIABLE, "")
+    if limit not in ("", "numpy", *LEVELS):
+        raise ParamsError(f"{VARIABLE} is {limit!r}, expected numpy, {', '.join(LEVELS)} or nothing")
     library = _library()
-    if library is None or wanted == "numpy":
+    if library is None or limit == "numpy":
         return None
     best: int = library.portllm_sums_level()
-    return min(best, LEVELS.index(wanted)) if wanted else best
+    return min(best, LEVELS.index(limit)) if limit else best
 
 
 def name() -> str:
-    """What computes the sums on this machine: `numpy`, or `compiled` and the instructions. Raises ParamsError."""
-    found = level()
-    return "numpy" if found is None else f"compiled {LEVELS[found]}"
+    """Return what computes the sums here: `numpy`, or `compiled` and the instructions. Raises ParamsError."""
+    number = level()
+    return "numpy" if number is None else f"compiled {LEVELS[number]}"
 
 
 def panels(a: Array, norms: Array) -> Panels | None:
-    """A (r, in) made ready, with its columns' norms; None where float32 does not hold it or it is too long."""
+    """Return A (r, in) in the library's layout; None where float32 is not exact for it, or r exceeds LONGEST."""
     import numpy
 
     with numpy.errstate(all="ignore"):
@@ -78,14 +78,14 @@ def panels(a: Array, norms: Array) -> Panels | None:
         width = -(-a.shape[1] // PANEL) * PANEL
         padded = numpy.zeros((len(a), width), numpy.float32)
         padded[:, : a.shape[1]] = narrow
-        above = numpy.zeros(width, numpy.float32)
-        above[: a.shape[1]] = numpy.nextafter(norms.astype(numpy.float32), numpy.float32(numpy.inf))
+        bounds = numpy.zeros(width, numpy.float32)
+        bounds[: a.shape[1]] = numpy.nextafter(norms.astype(numpy.float32), numpy.float32(numpy.inf))
     values = padded.reshape(len(a), -1, PANEL).transpose(1, 0, 2)
-    return Panels(numpy.ascontiguousarray(values), above)
+    return Panels(numpy.ascontiguousarray(values), bounds)
 
 
 def suits(old: Array, out: Array) -> bool:
-    """Whether the library takes weights that lie in memory so: rows without gaps, on the boundaries of their dtype."""
+    """Return whether the library accepts weights of this layout: rows without gaps, aligned to their dtype."""
     return (
         old.dtype.name in _KINDS
         and all(
@@ -102,11 +102,11 @@ def suits(old: Array, out: Array) -> bool:
 
 
 def add(old: Array, out: Array, a: Panels, b: Array, norms: Array, wide_reach: Array) -> tuple[int, Array] | None:
-    """out = old (rows, columns) + b (rows, r) @ a, as far as the library can tell; the two may not overlap.
+    """Write old (rows, columns) + b (rows, r) @ a to `out`, where the library can decide; the two may not overlap.
 
-    `norms` (rows,) are at least those of b's rows, `wide_reach` (rows,) the bound of float64's error over a column's
-    norm, all in float64. Returns the bits of the largest absolute value and the flat indices of elements still to be
-    written; None where there are too many of them.
+    `norms` (rows,) are upper bounds of the norms of b's rows. `wide_reach` (rows,) is the bound of float64's error
+    divided by a column's norm. Both are float64. Returns the bits of the largest absolute value and the flat indices
+    of the undecided elements; None where there are more than ROOM of them.
     """
     import numpy
 
@@ -127,12 +127,12 @@ def add(old: Array, out: Array, a: Panels, b: Array, norms: Array, wide_reach: A
 
 
 def _reach(b: Array, norms: Array) -> Array:
-    """Twice the bound of float32's error over a column's norm, (rows,) in float32; infinite where none holds."""
+    """Return twice the bound of float32's error over a column's norm, (rows,) in float32; inf where none holds."""
     import numpy
 
     size = numpy.abs(b)
     normal = ((size == 0) | ((size >= 2.0**-126) & (size < 2.0**127))).all(axis=1)
-    # b's own rounding, a product's, the additions within a chunk and then of the chunks; and something for good measure
+    # the rounding of b, of a product, of the additions within a chunk and between chunks; 2.05 for 2 leaves a margin
     count = b.shape[1]
     roundings = 2 + min(count, CHUNK) + -(-count // CHUNK)
     reach = numpy.nextafter((norms * (2.05 * roundings * 2.0**-24)).astype(numpy.float32), numpy.float32(numpy.inf))
@@ -141,7 +141,7 @@ def _reach(b: Array, norms: Array) -> Array:
 
 @cache
 def _library() -> Any:
-    """The library beside this file, or None where there is none or one of another version."""
+    """Return the library next to this file; None where it is absent or of another version."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name("_sums" + suffix)
         if path.is_file():
@@ -152,5 +152,5 @@ def _library() -> Any:
                     library.portllm_sums_add.restype = None
                     return library
             except (OSError, AttributeError):
-                continue  # of another machine or another time: numpy does it
+                continue  # built for another machine or an older version: numpy computes
     return None

@@ -1,6 +1,6 @@
-"""The exact sum W + b @ a of single elements, rounded once: where float64 cannot decide the rounding of a sum.
+"""The exact sum W + b @ a of single elements, rounded once, for sums whose rounding float64 cannot decide.
 
-As arrays, weights are float32, float16, or uint16, which holds the bits of bfloat16; factors are float64.
+Arrays of weights are float32, float16, or uint16 with the bits of bfloat16; factors are float64.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-DIGITS = {"uint16": (8, -133), "float16": (11, -24), "float32": (24, -149)}  # of each dtype; exponent of the least
-UNIT = 2.0**-53  # of float64's rounding
-LARGE = 2.0**900  # a bound of the sums below which no product overflows
-TOGETHER = 4096  # elements whose factors are gathered at a time
+DIGITS = {"uint16": (8, -133), "float16": (11, -24), "float32": (24, -149)}  # and exponent of the least unit
+UNIT = 2.0**-53  # unit roundoff of float64
+LARGE = 2.0**900  # bound of the sums; below it no product overflows
+TOGETHER = 4096  # elements computed exactly at a time
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of some rows, b (rows, r) scaled, a (r, columns), and how far float64 may be from b @ a.
+    """The factors of some rows, b (rows, r) scaled and a (r, columns), and the bound of float64's error in b @ a.
 
-    Its distance, in whatever order the terms are added, is at most reach (rows,) · norms (columns,): ‖a's column‖ times
-    ‖b's row‖, which bounds the sum of the terms' sizes (Cauchy and Schwarz), times r roundings and some. Both are 0
-    where there is nothing to bound: rows of b that are 0, and factors that are not finite or too large to tell.
+    In any order of the terms, the error is at most reach (rows,) · norms (columns,). ‖a's column‖ times ‖b's row‖
+    bounds the sum of the terms' sizes (Cauchy and Schwarz); `reach` contains r roundings and a margin. Both are 0
+    where there is nothing to bound: rows of b that are 0, and factors that are not finite or too large.
     """
 
     b: Array
@@ -36,21 +36,21 @@ class Factors:
     norms: Array
 
     def errors(self, i: Array, j: Array, sums: Array) -> Array:
-        """Bounds of the error of some float64 sums (n,) at rows i and columns j, the last addition's included."""
+        """Return bounds (n,) of the errors of float64 `sums` (n,) at rows i and columns j, with the last addition's."""
         import numpy
 
         reach = self.reach[i]
         return numpy.where(reach > 0, reach * self.norms[j] + abs(sums) * (2.1 * UNIT) + 2.0**-1000, 0)
 
     def row_errors(self, sizes: Array) -> Array:
-        """Bounds (rows,) of the error of any sum of a row whose weights are of at most `sizes` (rows,)."""
+        """Return bounds (rows,) of the error of any sum of a row whose weights are at most `sizes` (rows,)."""
         reach = self.reach * self.norms.max()
-        sizes = sizes + reach / (max(1, len(self.a)) * UNIT)  # of the sums: reach is that many roundings and some
+        sizes = sizes + reach / (max(1, len(self.a)) * UNIT)  # bounds the sums: reach contains that many roundings
         bound: Array = reach + (reach > 0) * (sizes * (2.1 * UNIT) + 2.0**-1000)
         return bound
 
     def settle(self, old: Array, out: Array, flat: Array) -> None:
-        """Write the exact sums at the flat indices `flat`, rounded once, from the weights `old` to `out`."""
+        """Write the exact sums of the weights `old` at the flat indices `flat` to `out`, rounded once."""
         import numpy
 
         for first in range(0, len(flat), TOGETHER):
@@ -59,7 +59,7 @@ class Factors:
 
 
 def norms(values: Array, axis: int) -> Array:
-    """At least the Euclidean norms along an axis, in float64; squares that underflow are made good for."""
+    """Return upper bounds of the Euclidean norms along an axis, in float64, also where squares underflow."""
     import numpy
 
     squares = numpy.einsum("ij,ij->j" if axis == 0 else "ij,ij->i", values, values, dtype=numpy.float64)
@@ -68,20 +68,20 @@ def norms(values: Array, axis: int) -> Array:
 
 
 def rounded(values: Array, dtype: Any) -> Array:
-    """float64 values rounded once to the nearest of `dtype`, ties to even.
+    """Return float64 values rounded once to the nearest of `dtype`, ties to even.
 
-    numpy rounds to float16 and float32 so. bfloat16 is reached by way of float32, rounded to odd on the way, which
-    makes the second rounding right: Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008.
+    numpy rounds so to float16 and float32. The way to bfloat16 goes through float32, rounded to odd, which makes the
+    second rounding right: Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008.
     """
     import numpy
 
     if dtype != numpy.uint16:
         return values.astype(dtype)
     near = values.astype(numpy.float32)
-    back = near.astype(numpy.float64)
+    single = near.astype(numpy.float64)
     bits = near.view(numpy.uint32)
-    bits -= numpy.abs(back) > numpy.abs(values)  # towards zero: sign and magnitude are separate bits
-    bits |= back != values  # the last bit is set when anything was lost
+    bits -= numpy.abs(single) > numpy.abs(values)  # towards zero: sign and magnitude are separate bits
+    bits |= single != values  # sets the last bit where the value is inexact
     bits += numpy.uint32(0x7FFF) + (bits >> 16 & 1)
     narrow = (bits >> 16).astype(numpy.uint16)
     narrow[numpy.isnan(values)] = 0x7FC0
@@ -89,7 +89,7 @@ def rounded(values: Array, dtype: Any) -> Array:
 
 
 def widened(weights: Array) -> Array:
-    """Weights in float64."""
+    """Return the weights in float64."""
     import numpy
 
     if weights.dtype == numpy.uint16:
@@ -98,14 +98,14 @@ def widened(weights: Array) -> Array:
 
 
 def exactly(weights: Array, b: Array, a: Array) -> Array:
-    """Weights (n,) + the sums of b (n, r) * a (n, r), exact and rounded once; an exact sum of 0 is +0."""
+    """Return weights (n,) + the sums of b (n, r) * a (n, r), exact and rounded once; an exact sum of 0 is +0."""
     import numpy
 
     old = widened(weights)
     sums = old + numpy.einsum("nk,nk->n", b, a) + 0.0
     unsure = numpy.flatnonzero(numpy.isfinite(old) & ~_exact_already(old, b, a))
-    high, low, whole = _products(b[unsure], a[unsure])
-    for n, terms, exact in zip(unsure, numpy.concatenate([high, low], axis=1).tolist(), whole, strict=True):
+    high, low, is_exact = _products(b[unsure], a[unsure])
+    for n, terms, exact in zip(unsure, numpy.concatenate([high, low], axis=1).tolist(), is_exact, strict=True):
         if exact:
             sums[n] = _odd_sum([float(old[n]), *terms])
         else:
@@ -115,7 +115,7 @@ def exactly(weights: Array, b: Array, a: Array) -> Array:
 
 
 def _products(b: Array, a: Array) -> tuple[Array, Array, Array]:
-    """(high, low, whole) of b (n, r) * a: two float64 each that add up to it, and where (n,) none of them is too small.
+    """Return (high, low, is_exact) of b (n, r) * a: high + low is the product, exactly where `is_exact` (n,) is true.
 
     Dekker, A floating-point technique for extending the available precision, 1971.
     """
@@ -131,8 +131,8 @@ def _products(b: Array, a: Array) -> tuple[Array, Array, Array]:
 
 
 def _odd_sum(terms: list[float]) -> float:
-    """The exact sum, rounded to float64 so that the last bit is set when anything was lost; see `rounded`."""
-    near = math.fsum(terms)  # the nearest
+    """Return the exact sum rounded to float64, with its last bit set where it is inexact; see `rounded`."""
+    near = math.fsum(terms)  # the nearest float64
     rest = math.fsum([*terms, -near])
     if rest and int(math.ldexp(math.frexp(near)[0], 53)) % 2 == 0:
         return math.nextafter(near, math.copysign(math.inf, rest))
@@ -140,8 +140,10 @@ def _odd_sum(terms: list[float]) -> float:
 
 
 def nearest(exact: Fraction, dtype: str) -> float:
-    """`exact` rounded to the nearest value of a dtype, ties to even, by whole numbers; what is too large is no longer
-    one of its values."""
+    """Return `exact` rounded to the nearest value of a dtype, ties to even, in integer arithmetic.
+
+    A result above the dtype's largest value is not one of its values: the caller's conversion makes it infinity.
+    """
     if exact == 0:
         return 0.0
     digits, least = DIGITS[dtype]
@@ -154,20 +156,20 @@ def nearest(exact: Fraction, dtype: str) -> float:
 
 
 def _exact_already(old: Array, b: Array, a: Array) -> Array:
-    """Where float64 loses nothing, as all terms and their sums are multiples of one unit, and less than 2^53 of it."""
+    """Return where float64 is exact: all terms and their sums are multiples, less than 2^53, of one unit."""
     import numpy
 
     unit = numpy.minimum(_last_bit(old), _last_bit(b).min(axis=1) + _last_bit(a).min(axis=1))
     size = (numpy.abs(old) + numpy.einsum("nk,nk->n", numpy.abs(b), numpy.abs(a))) * (1 + 2.0**-20)
-    whole: Array = (unit >= -1074) & (size < numpy.ldexp(1.0, numpy.minimum(unit, 900) + 53))
-    return whole
+    is_exact: Array = (unit >= -1074) & (size < numpy.ldexp(1.0, numpy.minimum(unit, 900) + 53))
+    return is_exact
 
 
 def _last_bit(values: Array) -> Array:
-    """Exponents of the last bits that are set; that of 0 is large."""
+    """Return the exponents of the last bits that are set; the exponent for 0 is large."""
     import numpy
 
     fraction, exponent = numpy.frexp(values)
-    whole = numpy.ldexp(fraction, 53).astype(numpy.int64)
-    last = numpy.frexp((whole & -whole).astype(numpy.float64))[1] - 1
-    return numpy.where(whole == 0, 2000, exponent - 53 + last)
+    digits = numpy.ldexp(fraction, 53).astype(numpy.int64)
+    last = numpy.frexp((digits & -digits).astype(numpy.float64))[1] - 1
+    return numpy.where(digits == 0, 2000, exponent - 53 + last)

@@ -1,8 +1,8 @@
 """W + Δ, each sum rounded once to the weight's dtype, without torch: the arithmetic of most ports.
 
-Importing torch takes ten times as long as porting a small model, so nothing here needs it; its tensors are taken, too.
-As arrays, weights are float64, float32, float16, or uint16, which holds the bits of bfloat16. LoRA: arXiv:2106.09685.
-Everywhere: a is A (r, in), b is B (out, r), Δ is scale · b @ a (out, in).
+Importing torch takes ten times as long as porting a small model, so nothing here needs it; its tensors are accepted.
+Arrays of weights are float64, float32, float16, or uint16 with the bits of bfloat16. LoRA: arXiv:2106.09685.
+In this file a is A (r, in), b is B (out, r), Δ is scale · b @ a (out, in).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class Update:
-    """Δ prepared for being added block by block; B, which may be as tall as a vocabulary, is widened row by row."""
+    """Δ prepared for addition in blocks; B, which may have as many rows as a vocabulary, is widened block by block."""
 
     def __init__(self, a: Matrix, b: Matrix, scale: float) -> None:
-        """a (r, in) and b (out, r) in any floating dtype. Raises ShapeError."""
+        """Take a (r, in) and b (out, r) in any floating dtype. Raises ShapeError."""
         check_factors(a, b)
         self._a, self._b, self._scale = a, b, scale
 
@@ -43,7 +43,7 @@ class Update:
 
     @cached_property
     def _norms(self) -> Array:
-        """Of A's columns, at least."""
+        """Upper bounds (in,) of the norms of A's columns, in float64."""
         return rounding.norms(_array(self._a), axis=0)
 
     @cached_property
@@ -51,11 +51,11 @@ class Update:
         return kernel.panels(_array(self._a), self._norms)
 
     def add_rows(self, weight: Matrix, row: int, out: Matrix) -> float:
-        """out = rows of W from `row` on, `weight` (rows, in), + Δ's same rows, rounded once to the weight's dtype.
+        """Write `weight` (rows, in), the rows of W from `row` on, + the same rows of Δ to `out`, in the weight's dtype.
 
-        What is rounded is the exact sum of W and the products of A with scale · B, itself in float64; the float64 sum
-        where those are not finite, and for float64 weights. Returns the largest absolute value once rounded, or NaN
-        where there is one.
+        Each written value is the exact sum of W and the products of A with scale · B (in float64), rounded once. It is
+        the float64 sum where the terms are not finite, and for float64 weights. Returns the largest absolute value
+        after rounding, or NaN where a value is NaN.
         """
         import numpy
 
@@ -64,7 +64,7 @@ class Update:
             return 0.0
         if numpy.may_share_memory(old, new):
             old = old.copy()
-        with numpy.errstate(all="ignore"):  # what is not finite is told by the result
+        with numpy.errstate(all="ignore"):  # the result reports values that are not finite
             b = _wide(self._b[row : row + len(old)]) * self._scale
             size = self._add(old, new, b)
             if size != size and new.dtype.itemsize < 8:
@@ -78,9 +78,9 @@ class Update:
         bounded = norms.max() * self._norms.max() < rounding.LARGE  # neither is NaN
         reach = norms * (bounded * (len(self._a) + 3) * 1.01 * rounding.UNIT) if bounded else numpy.zeros(len(b))
         if bounded and kernel.level() is not None and kernel.suits(old, new) and self._panels is not None:
-            done = kernel.add(old, new, self._panels, b, norms, reach)
-            if done is not None:
-                size, rest = done
+            result = kernel.add(old, new, self._panels, b, norms, reach)
+            if result is not None:
+                size, rest = result
                 if len(rest):
                     Factors(b, self._wide_a, reach, self._norms).settle(old, new, rest)
                     return largest(new)
@@ -89,14 +89,14 @@ class Update:
         return largest(new)
 
     def exact(self) -> Array:
-        """Δ whole, in float64."""
+        """Return the complete Δ (out, in) in float64."""
         product: Array = (_wide(self._b) * self._scale) @ self._wide_a
         return product
 
 
 @dataclass(frozen=True)
 class PlacedUpdate:
-    """An update and where in a tensor, seen as (rows, columns), its upper left corner stands."""
+    """An update and the row and column of its upper left corner in a tensor viewed as (rows, columns)."""
 
     update: Update
     row: int = 0
@@ -104,18 +104,18 @@ class PlacedUpdate:
 
 
 class AddLora:
-    """The edit (`edits.Edit`) that adds updates to blocks of a tensor; what is in no block stays as it is."""
+    """The edit (`edits.Edit`) that adds updates to blocks of a tensor; weights outside the blocks do not change."""
 
     surveys = False
     arrays = True
 
     def __init__(self, *blocks: PlacedUpdate) -> None:
-        """Blocks of rows may straddle the writer's; no two may overlap. Raises ShapeError."""
+        """Take the blocks. One may begin or end within a block of the writer; no two may overlap. Raises ShapeError."""
         self._blocks = sorted(blocks, key=lambda block: (block.row, block.column))
         self._refuse_overlaps()
 
     def survey(self, old: Matrix, row: int, scratch: object) -> None:
-        """Nothing to look for."""
+        """Do nothing: `rows` needs no earlier pass over the tensor."""
 
     def rows(self, old: Matrix | None, row: int, out: Matrix, scratch: object = None) -> float:  # noqa: ARG002
         """Write old rows (count, columns) + Δ into `out`; see `Edit.rows` and `Update.add_rows`."""
@@ -123,17 +123,17 @@ class AddLora:
         if old is None:
             raise ValueError("LoRA needs the old weight")
         old, out = as_array(old), as_array(out)
-        found = list(self._within(row, *old.shape))
-        if len(found) == 1 and found[0][1:] == (slice(0, old.shape[0]), slice(0, old.shape[1])):
-            block = found[0][0]
+        overlaps = list(self._within(row, *old.shape))
+        if len(overlaps) == 1 and overlaps[0][1:] == (slice(0, old.shape[0]), slice(0, old.shape[1])):
+            block = overlaps[0][0]
             return block.update.add_rows(old, row - block.row, out)
         out[:] = old
-        for block, rows, columns in found:
+        for block, rows, columns in overlaps:
             block.update.add_rows(old[rows, columns], row + rows.start - block.row, out[rows, columns])
         return largest(out)
 
     def exact(self, old: Tensor | None) -> Tensor:
-        """The whole sum in float64, not rounded; see `Edit.exact`."""
+        """Return the complete sum in float64, not rounded; see `Edit.exact`."""
         import torch
 
         if old is None:
@@ -146,7 +146,7 @@ class AddLora:
         return new
 
     def _within(self, row: int, count: int, width: int) -> Iterator[tuple[PlacedUpdate, slice, slice]]:
-        """The blocks that touch rows [row, row + count), and which of those rows and columns they cover."""
+        """Yield each block that overlaps rows [row, row + count), with the slices of rows and columns it covers."""
         for block in self._blocks:
             height, breadth = block.update.shape
             if block.column + breadth > width:
@@ -158,15 +158,15 @@ class AddLora:
     def _refuse_overlaps(self) -> None:
         above: list[PlacedUpdate] = []
         for block in self._blocks:
-            above = [other for other in above if other.row + other.update.shape[0] > block.row]
-            for other in above:
+            above = [earlier for earlier in above if earlier.row + earlier.update.shape[0] > block.row]
+            for earlier in above:
                 if (
-                    block.column < other.column + other.update.shape[1]
-                    and other.column < block.column + block.update.shape[1]
+                    block.column < earlier.column + earlier.update.shape[1]
+                    and earlier.column < block.column + block.update.shape[1]
                 ):
                     raise ShapeError(
                         f"two updates of one tensor overlap at row {block.row}, column "
-                        f"{max(block.column, other.column)}; expected one update of each weight"
+                        f"{max(block.column, earlier.column)}; expected one update of each weight"
                     )
             above.append(block)
 
@@ -178,7 +178,7 @@ def check_factors(a: Matrix, b: Matrix) -> None:
 
 
 def as_array(values: Matrix) -> Array:
-    """`values` itself, or the memory of a tensor as an array; bfloat16 as uint16."""
+    """Return `values` itself, or an array on the memory of a tensor; bfloat16 as uint16."""
     import numpy
 
     if isinstance(values, numpy.ndarray):
@@ -191,7 +191,7 @@ def as_array(values: Matrix) -> Array:
 
 
 def largest(values: Array) -> float:
-    """Largest absolute value, NaN where there is one."""
+    """Return the largest absolute value, or NaN where a value is NaN."""
     import numpy
 
     if values.size == 0:
@@ -199,14 +199,14 @@ def largest(values: Array) -> float:
     if values.dtype.itemsize > 2:
         low, high = float(values.min()), float(values.max())
         return max(-low, high) if low == low else low
-    # as numbers their bits are in the order of magnitude, first those of + and then those of -
+    # read as unsigned integers the bits are in order of magnitude, first of positive and then of negative values
     return _number(
         max(int(values.view(numpy.int16).max()), int(values.view(numpy.uint16).max()) - 0x8000), values.dtype
     )
 
 
 def _number(bits: int, dtype: Any) -> float:
-    """The value of some bits of a dtype of 16 or 32 bits."""
+    """Return the value that `bits` are in a dtype of 16 or 32 bits."""
     import numpy
 
     if dtype == numpy.float16:
@@ -215,7 +215,7 @@ def _number(bits: int, dtype: Any) -> float:
 
 
 def _one_nan(values: Array) -> None:
-    """Give every NaN the same bits."""
+    """Set every NaN to the same bits."""
     import numpy
 
     if values.dtype == numpy.uint16:
@@ -225,7 +225,7 @@ def _one_nan(values: Array) -> None:
 
 
 def _array(factor: Matrix) -> Array:
-    """A factor as an array of float16, float32 or float64."""
+    """Return a factor as an array of float16, float32 or float64."""
     import numpy
 
     return factor if isinstance(factor, numpy.ndarray) else factor.double().numpy()

@@ -1,11 +1,11 @@
 """A PEFT directory of the LoRA family, read from its headers.
 
-    config.py           adapter_config.json, checked; features that are refused by name
-    patterns.py         regular expressions of the config, with a limit on time
-    targeting.py        which modules PEFT gives LoRA, with what rank and scaling
+    config.py           adapter_config.json, checked; unsupported features refused by name
+    patterns.py         regular expressions of the config, with a time limit
+    targeting.py        the modules that get LoRA from PEFT, with rank and scaling
     factors.py          LoraPair, TokenRows: the tensors of one module
-    classification.py   every tensor of the file by what it is
-    patch.py            Patch: the directory
+    classification.py   every tensor of the file by its kind
+    patch.py            Patch: the complete directory
 
 Public names, imported on first use: `LoraPair`, `Patch`, `TokenRows`.
 """

@@ -1,7 +1,7 @@
-"""Every tensor of a PEFT file put where it belongs, by its name and by what the config says; nothing is left over.
+"""Classification of every tensor of a PEFT file by its name and the config; a tensor of no class is an error.
 
 The names are those that peft's get_peft_model_state_dict (utils/save_and_load.py) writes for the LoRA family. A tensor
-that PEFT would pass over in silence when it loads the patch is an error here.
+that PEFT would skip without a message when it loads the patch is an error here.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from portllm.errors import PatchError, ShapeError, UnmatchedModulesError, Unsupp
 
 PREFIX = "base_model.model."
 FLOATS = ("F64", "F32", "F16", "BF16")
-MAX_NAME = 1000  # characters; patterns of the config are tried on names
+MAX_NAME = 1000  # characters; patterns of the config are matched against names
 
 LORA = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|"
     r"lora_magnitude_vector(?:\.weight)?)"
 )
-# names of a model in memory: behind the part stands the adapter's name, which PEFT leaves out of its files
+# names of a model in memory: the part is followed by the adapter's name, which PEFT omits in its files
 IN_MEMORY = re.compile(
     r"(?P<owner>.+\.(?:(?P<factor>lora_[AB])|lora_embedding_[AB]|lora_magnitude_vector|trainable_tokens_delta))"
     r"\.(?!(?:weight|bias)$)(?P<adapter>[^.]+)(?P<leaf>(?(factor)\.(?:weight|bias)|(?:\.weight)?))"
 )
 TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
-# what PEFT's wrappers put between a module's name and its parameter's
+# the parts that PEFT's wrappers insert between a module's name and its parameter's
 WRAPPED = re.compile(r"(?P<module>.+?)(?P<wraps>(?:\.token_adapter)?(?:\.base_layer)+)\.(?P<leaf>weight|bias)")
-# written with save_embedding_layers or bias=all beside the module of modules_to_save that takes their place
+# written with save_embedding_layers or bias=all next to the module of modules_to_save that replaces them
 IDLE = re.compile(r"(?P<module>.+)\.(?:original_module|modules_to_save)\.(?P<rest>.+)")
 NEST = ".base_layer"
 
@@ -46,7 +46,7 @@ Sides = dict[str, TensorEntry]
 
 @dataclass
 class Contents:
-    """The tensors of a file by what they are; see Patch for what each mapping holds."""
+    """The tensors of a file by class; `Patch` documents what each mapping contains."""
 
     modules: dict[str, LoraPair] = field(default_factory=dict)
     stacks: dict[str, tuple[LoraPair, ...]] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Contents:
 
 
 def sort_out(config: Mapping[str, Any], header: Header) -> Contents:
-    """The contents of a file, from its header alone. Raises PatchError or what derives from it, naming the tensor."""
+    """Return the contents of a file, from its header alone. Raises PatchError or a subclass, naming the tensor."""
     expect_names_of_a_file(header)
     sides, rest = _split(config, header)
     if not sides:
@@ -73,28 +73,28 @@ def sort_out(config: Mapping[str, Any], header: Header) -> Contents:
 
 
 def expect_names_of_a_file(header: Header) -> None:
-    """Raise PatchError where tensor names carry an adapter's name, as in memory: PEFT passes them over on loading.
+    """Raise PatchError where tensor names contain an adapter's name, as in memory: PEFT skips them on loading.
 
-    The error has the command that takes the name off, where no two names become the same.
+    The error contains the command that removes the adapter's name, where no two names become the same.
     """
-    found = {name: match for name in header.tensors if len(name) <= MAX_NAME and (match := IN_MEMORY.fullmatch(name))}
-    plain = {name: f"{match['owner']}{match['leaf']}" for name, match in found.items()}
-    adapters = sorted({match["adapter"] for match in found.values()})
-    for name, other in plain.items():
-        if other in header.tensors:
-            raise _foreign(name, header.path, f"{other.removeprefix(PREFIX)} is there, too")
-        what = (
+    matches = {name: match for name in header.tensors if len(name) <= MAX_NAME and (match := IN_MEMORY.fullmatch(name))}
+    plain_names = {name: f"{match['owner']}{match['leaf']}" for name, match in matches.items()}
+    adapters = sorted({match["adapter"] for match in matches.values()})
+    for name, plain in plain_names.items():
+        if plain in header.tensors:
+            raise _foreign(name, header.path, f"{plain.removeprefix(PREFIX)} is there, too")
+        problem = (
             f"{header.path}: tensor names carry an adapter's name ({', '.join(adapters)[:80]}), which PEFT's files do "
-            f"not: expected {other.removeprefix(PREFIX)[-80:]}, found {name.removeprefix(PREFIX)[-80:]}"
+            f"not: expected {plain.removeprefix(PREFIX)[-80:]}, found {name.removeprefix(PREFIX)[-80:]}"
         )
         if len(adapters) > 1:
-            how = "model.save_pretrained(DIR, selected_adapters=[NAME])"
-            raise PatchError(f"{what}; expected one adapter in a file, save each on its own: {how}")
-        raise PatchError(f"{what}; take it off with: {_without_adapter_name(header.path, adapters[0])}")
+            command = "model.save_pretrained(DIR, selected_adapters=[NAME])"
+            raise PatchError(f"{problem}; expected one adapter in a file, save each on its own: {command}")
+        raise PatchError(f"{problem}; remove it with: {_without_adapter_name(header.path, adapters[0])}")
 
 
 def _without_adapter_name(path: Path, adapter: str) -> str:
-    """Return the shell command that renames the tensors of `path`, complete or not at all."""
+    """Return the shell command that renames the tensors of `path`; the file is replaced complete or not at all."""
     code = (
         "import os,re,sys; from safetensors.torch import load_file,save_file; f,n=sys.argv[1:]; n=re.escape(n); "
         'p=rf"(\\.lora_\\w+|_delta)\\.{n}(?=\\.|$)|\\.modules_to_save\\.{n}(?=\\.)"; '
@@ -104,7 +104,7 @@ def _without_adapter_name(path: Path, adapter: str) -> str:
 
 
 def _split(config: Mapping[str, Any], header: Header) -> tuple[dict[str, Sides], Sides]:
-    """(parts of LoRA by wrapped module, everything else by name), names without the prefix."""
+    """Return (parts of LoRA by wrapped module, all other tensors by name), names without the prefix."""
     sides: defaultdict[str, Sides] = defaultdict(dict)
     rest: Sides = {}
     for full, entry in header.tensors.items():
@@ -120,7 +120,7 @@ def _split(config: Mapping[str, Any], header: Header) -> tuple[dict[str, Sides],
         if match is None:
             rest[name] = entry
         elif saved_whole(config, f"{match['module']}.weight"):
-            raise _foreign(full, header.path, f"the config saves {match['module']} whole (modules_to_save)")
+            raise _foreign(full, header.path, f"the config saves {match['module']} completely (modules_to_save)")
         elif (part := match["part"].removesuffix(".weight")) in sides[match["module"]]:
             raise _foreign(full, header.path, "there are two of them")
         else:
@@ -134,25 +134,25 @@ def _split(config: Mapping[str, Any], header: Header) -> tuple[dict[str, Sides],
 def _pair_up(config: Mapping[str, Any], sides: Mapping[str, Sides], contents: Contents, path: Path) -> None:
     levels = _levels(sides, path)
     hits = matched(config, list(levels))
-    flat = {owner: found[0] for owner, found in levels.items() if set(found) == {0}}
+    flat = {owner: depths[0] for owner, depths in levels.items() if set(depths) == {0}}
     single = {owner for owner in flat if hits[owner]}
-    if all_linear(config):  # which leaves embeddings out
+    if all_linear(config):  # PEFT gives LoRA to no embedding then
         single -= {owner for owner in single if "lora_embedding_A" in flat[owner]}
     stacked = with_parameters(config, levels.keys() - single)
-    left = sorted(levels.keys() - single - stacked)
-    known = scalings(config, sorted(flat.keys() - stacked))
+    rest = sorted(levels.keys() - single - stacked)
+    ranks = scalings(config, sorted(flat.keys() - stacked))
     for owner in sorted(single):
-        contents.modules[owner] = _pair(owner, flat[owner], known[owner], config, path)
+        contents.modules[owner] = _pair(owner, flat[owner], ranks[owner], config, path)
     for owner in sorted(stacked):
         contents.stacks[owner] = _stack(owner, levels[owner], path)
     embeddings = {pair.shape for pair in contents.modules.values() if pair.kind == "embedding"}
-    for owner in left:
-        # with ensure_weight_tying PEFT gives a tied head the embedding's factors, whatever target_modules says of it
-        pair = _pair(owner, flat[owner], known[owner], config, path) if owner in flat and _ties(config) else None
+    for owner in rest:
+        # with ensure_weight_tying PEFT gives a tied head the embedding's factors, whether or not target_modules matches
+        pair = _pair(owner, flat[owner], ranks[owner], config, path) if owner in flat and _ties(config) else None
         if pair is None or pair.kind != "linear" or pair.shape not in embeddings:
             name = next(iter(next(iter(levels[owner].values())).values())).name
-            why = "(target_modules, exclude_modules, layers_to_transform)"
-            raise _foreign(name, path, f"the config gives {owner} no LoRA {why}")
+            keys = "(target_modules, exclude_modules, layers_to_transform)"
+            raise _foreign(name, path, f"the config gives {owner} no LoRA {keys}")
         contents.modules[owner] = pair
         contents.follows_tie.add(owner)
 
@@ -162,7 +162,7 @@ def _ties(config: Mapping[str, Any]) -> bool:
 
 
 def _levels(sides: Mapping[str, Sides], path: Path) -> dict[str, dict[int, Sides]]:
-    """The parts of LoRA by module and by how many of PEFT's wrappers are around them."""
+    """Return the parts of LoRA by module and by the number of PEFT's wrappers around them."""
     levels: defaultdict[str, dict[int, Sides]] = defaultdict(dict)
     for name, parts in sides.items():
         owner, depth = name, 0
@@ -177,8 +177,10 @@ def _levels(sides: Mapping[str, Sides], path: Path) -> dict[str, dict[int, Sides
     return dict(levels)
 
 
-def _pair(module: str, sides: Sides, known: tuple[int, float], config: Mapping[str, Any], path: Path) -> LoraPair:
-    rank, scale = known
+def _pair(
+    module: str, sides: Sides, rank_and_scale: tuple[int, float], config: Mapping[str, Any], path: Path
+) -> LoraPair:
+    rank, scale = rank_and_scale
     embedding = any(part.startswith("lora_embedding") for part in sides)
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     _expect(module, sides, names, config, path)
@@ -187,22 +189,24 @@ def _pair(module: str, sides: Sides, known: tuple[int, float], config: Mapping[s
     if a.shape[0] != rank or b.shape[1] != rank:
         raise ShapeError(
             f"{module}: {names[0]} is {times(a.shape)} and {names[1]} is {times(b.shape)}, expected r={rank} between "
-            f"them ({CONFIG}); was the patch saved whole?"
+            f"them ({CONFIG}); was the patch saved completely?"
         )
     kind = "embedding" if embedding else "linear"
     magnitude, bias = sides.get("lora_magnitude_vector"), sides.get("lora_B.bias")
     pair = LoraPair(module, "embedding" if embedding else "linear", a, b, rank, scale, magnitude, bias)
     for vector, length in ((magnitude, pair.shape[kind == "embedding"]), (bias, pair.shape[0])):
         if vector is not None and vector.shape != (length,):
-            raise ShapeError(f"{vector.name} is {times(vector.shape)}, expected {length}; was the patch saved whole?")
+            raise ShapeError(
+                f"{vector.name} is {times(vector.shape)}, expected {length}; was the patch saved completely?"
+            )
     return pair
 
 
 def _stack(owner: str, levels: Mapping[int, Sides], path: Path) -> tuple[LoraPair, ...]:
-    """The pairs of a module's parameters, outermost wrapper first.
+    """Return the pairs of a module's parameters, outermost wrapper first, with rank 1 and scaling NaN.
 
-    Which parameter each is for, and so its rank and scaling, depends on the order of the base's: until
-    adapter_config.stack_pairs is asked, the rank is 1 and the scaling NaN.
+    The parameter of each pair, and so its rank and scaling, depends on the order of the base's parameters:
+    `targeting.stack_pairs` returns the pairs with both.
     """
     pairs = []
     for depth in range(len(levels)):
@@ -218,21 +222,21 @@ def _stack(owner: str, levels: Mapping[int, Sides], path: Path) -> tuple[LoraPai
         if a.shape[0] != b.shape[1]:
             raise ShapeError(
                 f"{name}: lora_A is {times(a.shape)} and lora_B is {times(b.shape)}, expected one rank between them; "
-                "was the patch saved whole?"
+                "was the patch saved completely?"
             )
         pairs.append(LoraPair(owner, "parameter", a, b, 1, float("nan")))
     return tuple(pairs)
 
 
 def _expect(module: str, sides: Sides, names: Sequence[str], config: Mapping[str, Any], path: Path) -> None:
-    """Both factors, the magnitude of DoRA and the bias of lora_bias, each where the config says so and nowhere else."""
+    """Raise where a factor, DoRA's magnitude or the bias of lora_bias is missing, or present against the config."""
     expected = [*names]
     expected += ["lora_magnitude_vector"] if config.get("use_dora") else []
     expected += ["lora_B.bias"] if config.get("lora_bias") and "lora_B" in names else []
     if missing := [name for name in expected if name not in sides]:
-        why = {"lora_magnitude_vector": " (use_dora)", "lora_B.bias": " (lora_bias)"}.get(missing[0], "")
+        key = {"lora_magnitude_vector": " (use_dora)", "lora_B.bias": " (lora_bias)"}.get(missing[0], "")
         raise PatchError(
-            f"{path}: {module} has no {missing[0]}{why}; expected {' and '.join(expected)}, the file is incomplete"
+            f"{path}: {module} has no {missing[0]}{key}; expected {' and '.join(expected)}, the file is incomplete"
         )
     if extra := [name for name in sides if name not in expected]:
         raise _foreign(sides[extra[0]].name, path, f"the config gives {module} none (use_dora, lora_bias)")
@@ -251,17 +255,17 @@ def _check_factors(module: str, names: Sequence[str], a: TensorEntry, b: TensorE
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise ShapeError(
             f"{module}: {names[0]} is {times(a.shape)} and {names[1]} is {times(b.shape)}, expected two matrices; "
-            "was the patch saved whole?"
+            "was the patch saved completely?"
         )
 
 
-# --- everything else ---
+# --- all other tensors ---
 
 
 def _place(name: str, entry: TensorEntry, config: Mapping[str, Any], contents: Contents, path: Path) -> None:
     if match := TOKENS.fullmatch(name):
         if match["module"] in contents.modules or match["module"] in contents.stacks:
-            raise _foreign(entry.name, path, f"{match['module']} has LoRA, and PEFT trains no rows beside it")
+            raise _foreign(entry.name, path, f"{match['module']} has LoRA, and PEFT trains no rows next to it")
         contents.tokens[match["module"]] = _token_rows(match["module"], entry, config, path)
     elif saved_whole(config, name) and not IDLE.fullmatch(name):
         contents.replaced[name] = entry
@@ -274,13 +278,13 @@ def _place(name: str, entry: TensorEntry, config: Mapping[str, Any], contents: C
     elif name.endswith(".bias"):
         _bias(name, entry, config, contents, path)
     else:
-        contents.saved[name] = entry  # judged by _loose_weights when everything else is known
+        contents.saved[name] = entry  # _loose_weights classifies it after all other tensors
 
 
 def _wrapped(
     module: str, leaf: str, entry: TensorEntry, config: Mapping[str, Any], contents: Contents, path: Path
 ) -> None:
-    """A base parameter of a module that PEFT wrapped: a trained bias, or a copy of its weight."""
+    """Classify a base parameter of a module that PEFT wrapped: a trained bias, or a copy of its weight."""
     tokens = ".token_adapter." in entry.name
     if tokens or module in contents.modules:
         depth = int(module in (contents.tokens if tokens else contents.modules))
@@ -293,18 +297,18 @@ def _wrapped(
     elif config.get("bias") == "all" or (config.get("bias") == "lora_only" and not tokens):
         contents.replaced[f"{module}.bias"] = entry
     else:
-        raise _foreign(entry.name, path, f"it is a bias, and the config says bias={config.get('bias') or 'none'}")
+        raise _foreign(entry.name, path, f"it is a bias, and the config has bias={config.get('bias') or 'none'}")
 
 
 def _bias(name: str, entry: TensorEntry, config: Mapping[str, Any], contents: Contents, path: Path) -> None:
     module = name.rpartition(".")[0]
     if config.get("bias") != "all" or module in contents.modules or module in contents.stacks:
-        raise _foreign(entry.name, path, f"it is a bias, and the config says bias={config.get('bias') or 'none'}")
+        raise _foreign(entry.name, path, f"it is a bias, and the config has bias={config.get('bias') or 'none'}")
     contents.replaced[name] = entry
 
 
 def _loose_weights(config: Mapping[str, Any], contents: Contents, path: Path) -> None:
-    """Weights that nothing in the config explains: copies of the base's input and output embedding, or strangers."""
+    """Classify weights that the config does not name: copies of the base's embeddings; raise for any other."""
     saved, contents.saved = contents.saved, {}
     plain = {}
     for name, entry in saved.items():
@@ -314,22 +318,22 @@ def _loose_weights(config: Mapping[str, Any], contents: Contents, path: Path) ->
         elif leaf != "weight" or len(entry.shape) != 2 or module in contents.modules or module in contents.stacks:
             raise _foreign(entry.name, path, "expected LoRA's factors or what the config names")
         elif module in contents.tokens:
-            raise _foreign(entry.name, path, f"the rows of {module} are trained, not the whole")
+            raise _foreign(entry.name, path, f"rows of {module} are trained, not all of it")
         else:
             plain[module] = entry
     if len(plain) > 2:
         raise _foreign(list(plain.values())[2].name, path, "expected copies of the input and output embedding at most")
     _copies(plain, config, contents)
     for name, entry in contents.idle.items():
-        found = IDLE.fullmatch(name)
-        if found is None or f"{found['module']}.{found['rest']}" not in contents.replaced:
-            raise _foreign(entry.name, path, "the file does not hold what takes its place (modules_to_save)")
+        match = IDLE.fullmatch(name)
+        if match is None or f"{match['module']}.{match['rest']}" not in contents.replaced:
+            raise _foreign(entry.name, path, "the file does not hold the tensor that replaces it (modules_to_save)")
 
 
 def _copies(plain: Sides, config: Mapping[str, Any], contents: Contents) -> None:
     shapes = {entry.shape for entry in contents.replaced.values()}
     for module, entry in plain.items():
-        # ensure_weight_tying with modules_to_save: PEFT saves the tied head beside the embedding
+        # ensure_weight_tying with modules_to_save: PEFT saves the tied head next to the embedding
         tied = config.get("ensure_weight_tying") and config.get("modules_to_save") and entry.shape in shapes
         if tied and module.rpartition(".")[2] in OUTPUTS:
             contents.replaced[f"{module}.weight"] = entry
@@ -339,14 +343,14 @@ def _copies(plain: Sides, config: Mapping[str, Any], contents: Contents) -> None
 
 
 def _token_rows(module: str, entry: TensorEntry, config: Mapping[str, Any], path: Path) -> TokenRows:
-    wanted = config.get("trainable_token_indices")
-    named = wanted if isinstance(wanted, dict) else {module: wanted or []}
-    found = [indices for key, indices in named.items() if key and module.endswith(key) and indices]
-    if len(found) != 1:
-        raise _foreign(entry.name, path, f"trainable_token_indices names {module} {len(found)} times, expected once")
-    indices = tuple(found[0])
+    trained = config.get("trainable_token_indices")
+    by_module = trained if isinstance(trained, dict) else {module: trained or []}
+    lists = [indices for key, indices in by_module.items() if key and module.endswith(key) and indices]
+    if len(lists) != 1:
+        raise _foreign(entry.name, path, f"trainable_token_indices names {module} {len(lists)} times, expected once")
+    indices = tuple(lists[0])
     if len(set(indices)) != len(indices):
-        raise PatchError(f"{path}: trainable_token_indices names a token of {module} twice; mend the config")
+        raise PatchError(f"{path}: trainable_token_indices names a token of {module} twice; correct {CONFIG}")
     if len(entry.shape) != 2 or entry.shape[0] != len(indices):
         raise ShapeError(
             f"{entry.name} is {times(entry.shape)}, expected {len(indices)} rows (trainable_token_indices)"
@@ -355,20 +359,20 @@ def _token_rows(module: str, entry: TensorEntry, config: Mapping[str, Any], path
 
 
 def _check_tokens(config: Mapping[str, Any], contents: Contents, path: Path) -> None:
-    """Every entry of trainable_token_indices has its rows; a tied head shares those of one with the same tokens."""
-    wanted = config.get("trainable_token_indices") or []
-    held = {rows.indices for rows in contents.tokens.values()}
-    for key, indices in (wanted if isinstance(wanted, dict) else {"": wanted}).items():
-        own = any(module.endswith(key) for module in contents.tokens)
-        if indices and not own and tuple(indices) not in held:
+    """Raise where an entry of trainable_token_indices has no rows; a tied head shares rows of the same tokens."""
+    trained = config.get("trainable_token_indices") or []
+    token_lists = {rows.indices for rows in contents.tokens.values()}
+    for key, indices in (trained if isinstance(trained, dict) else {"": trained}).items():
+        has_rows = any(module.endswith(key) for module in contents.tokens)
+        if indices and not has_rows and tuple(indices) not in token_lists:
             raise PatchError(
                 f"{path}: holds no rows for the trained tokens of {key or 'the embedding'}; expected "
-                "trainable_tokens_delta, was the patch saved whole?"
+                "trainable_tokens_delta, was the patch saved completely?"
             )
-        if indices and not own:
+        if indices and not has_rows:
             contents.follows_tie.add(key)
-    if not isinstance(wanted, dict) and len(contents.tokens) > 1:  # a list is for the input embedding
-        # with save_embedding_layers PEFT writes the rows of the tied head too, and never reads them
+    if not isinstance(trained, dict) and len(contents.tokens) > 1:  # a list is for the input embedding
+        # with save_embedding_layers PEFT also writes the rows of the tied head, and never reads them
         for module in [module for module in contents.tokens if module.rpartition(".")[2] in OUTPUTS]:
             contents.idle[f"{module}.token_adapter.trainable_tokens_delta"] = contents.tokens.pop(module).entry
         if len(contents.tokens) != 1:

@@ -1,6 +1,6 @@
-"""adapter_config.json: read, its types checked, and what portllm does not port refused by name.
+"""adapter_config.json: read, its types checked, and each feature that portllm does not port refused by name.
 
-The keys are those of peft's LoraConfig (0.2 to 0.21); a key that is not known may only be empty.
+The keys are those of peft's LoraConfig (0.2 to 0.21); the value of any other key must be empty.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from portllm.checkpoint.files.reading import read_json_object, reading
 from portllm.errors import PatchError, UnsupportedPatchError
 
 MAX_BYTES = 8 << 20
-MAX_NAMES, MAX_CHARACTERS = 500, 200  # of modules_to_save and layers_pattern, each tried on every module
+MAX_NAMES, MAX_CHARACTERS = 500, 200  # of modules_to_save and layers_pattern, each matched against every module
 
 Init = Literal["plain", "pissa", "olora"]
 
@@ -62,7 +62,7 @@ TYPES: Mapping[str, Check] = {
     "init_lora_weights": ("true, false or text", lambda v: isinstance(v, bool | str)),
 }
 
-# keys that change nothing in a trained patch: the configurations of initialisations are judged by init_lora_weights
+# keys without effect on a trained patch: init_lora_weights decides about the configurations of initialisations
 HARMLESS = frozenset({
     "auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_ga_config", "megatron_core",
     "merge_weights", "qalora_group_size", "runtime_config",
@@ -91,7 +91,7 @@ ALTERING_INITS: Mapping[str, str] = {
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a PEFT directory, checked. Raises PatchError, UnsupportedPatchError, CheckpointError."""
+    """Return adapter_config.json of `folder`, checked. Raises PatchError, UnsupportedPatchError, CheckpointError."""
     path = folder / CONFIG
     if not path.exists():
         raise PatchError(f"{folder}: has no {CONFIG}; expected a directory written by PEFT's save_pretrained")
@@ -104,13 +104,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def init_of(config: Mapping[str, Any], path: Path) -> Init:
-    """What init_lora_weights did to the base: nothing, or one of the two that can be computed again.
+    """Return how init_lora_weights altered the base: not at all, or in a way that can be computed again.
 
-    Raises UnsupportedPatchError. Read in peft's tuners/lora/layer.py: gaussian, orthogonal, EVA and MiCA set nothing
-    but the factors.
+    Raises UnsupportedPatchError. By peft's tuners/lora/layer.py, gaussian, orthogonal, EVA and MiCA set only the
+    factors.
     """
     init = config.get("init_lora_weights")
-    if any(init is known or (isinstance(known, str) and init == known) for known in PLAIN_INITS):
+    if any(init is plain or (isinstance(plain, str) and init == plain) for plain in PLAIN_INITS):
         return "plain"
     text = str(init)
     if text == "pissa":
@@ -147,15 +147,15 @@ def _check_types(config: Mapping[str, Any], path: Path) -> None:
     for key, (expected, check) in TYPES.items():
         value = config.get(key)
         if value is not None and not check(value):
-            raise PatchError(f"{path}: {key} must be {expected}, found {short(value)}; mend the config")
+            raise PatchError(f"{path}: {key} must be {expected}, found {short(value)}; correct {CONFIG}")
     for key in ("modules_to_save", "layers_pattern"):
         names = names_of(config, key)
-        # PEFT reads these as regular expressions too, which portllm does not
+        # PEFT also accepts regular expressions here; portllm does not
         for name in names:
             if not PLAIN.fullmatch(name) or len(name) > MAX_CHARACTERS or len(names) > MAX_NAMES:
                 raise PatchError(
                     f"{path}: {key} must be at most {MAX_NAMES} names of modules, found {short(name)} among "
-                    f"{len(names)}; mend the config"
+                    f"{len(names)}; correct {CONFIG}"
                 )
 
 
@@ -166,21 +166,21 @@ def _refuse_features(config: Mapping[str, Any], path: Path) -> None:
         if config[key] in (None, False, {}, [], ""):
             continue
         hint = REFUSED.get(
-            key, "portllm does not know this key, expected it empty; train with a known one or merge with PEFT"
+            key, "portllm does not support this key, expected it empty; train without it or merge with PEFT"
         )
         raise UnsupportedPatchError(f"{path}: {key}={short(config[key])} is not supported: {hint}")
 
 
 def _check_combinations(config: Mapping[str, Any], path: Path) -> None:
-    """Raise PatchError for what PEFT's own LoraConfig refuses, and so cannot have trained."""
+    """Raise PatchError for combinations that PEFT's own LoraConfig refuses, so that PEFT cannot have trained them."""
     if isinstance(config.get("target_modules"), str) and config.get("layers_to_transform") is not None:
         raise PatchError(
-            f"{path}: layers_to_transform needs target_modules as a list, found a pattern; mend the config"
+            f"{path}: layers_to_transform needs target_modules as a list, found a pattern; correct {CONFIG}"
         )
     if config.get("layers_pattern") and config.get("layers_to_transform") is None:
-        raise PatchError(f"{path}: layers_pattern needs layers_to_transform, found none; mend the config")
+        raise PatchError(f"{path}: layers_pattern needs layers_to_transform, found none; correct {CONFIG}")
     if config.get("lora_bias") and config.get("use_dora"):
-        raise PatchError(f"{path}: lora_bias and use_dora exclude each other, found both; mend the config")
+        raise PatchError(f"{path}: lora_bias and use_dora exclude each other, found both; correct {CONFIG}")
     if config.get("target_parameters") and init_of(config, path) != "plain":
         raise UnsupportedPatchError(
             f"{path}: init_lora_weights={config['init_lora_weights']} with target_parameters is not supported; "
@@ -189,12 +189,12 @@ def _check_combinations(config: Mapping[str, Any], path: Path) -> None:
 
 
 def names_of(config: Mapping[str, Any], key: str) -> list[str]:
-    """The names under `key`, which may hold one name, a list of them, or nothing."""
+    """Return the names under `key`, which may be one name, a list of names, or absent."""
     value = config.get(key) or []
     return [value] if isinstance(value, str) else list(value)
 
 
 def short(value: Any) -> str:
-    """A value from the file, fit for one line."""
+    """Return a value from the file as text of at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

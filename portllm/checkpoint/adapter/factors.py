@@ -1,7 +1,7 @@
 """The patch of one module: a pair of low-rank factors, or the rows of some tokens; values are read on access.
 
-LoRA: arXiv:2106.09685; DoRA: arXiv:2402.09353. How PEFT packs the factors of several experts into one pair of matrices:
-`ParamWrapper.get_delta_weight` of peft 0.21.
+LoRA: arXiv:2106.09685; DoRA: arXiv:2402.09353. The layout of several experts' factors in one pair of matrices is that
+of `ParamWrapper.get_delta_weight` in peft 0.21.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class LoraPair:
     """One module's factors: Δ (rows, columns) = scaling · b (rows, r) @ a (r, columns).
 
     `linear`: the entries are lora_A (r, in) and lora_B (out, r). `embedding`: they are lora_embedding_A (r, vocabulary)
-    and lora_embedding_B (dim, r), which `a` and `b` turn, so that Δ is (vocabulary, dim). `parameter`: they are lora_A
-    (r·E, in) and lora_B (out, r·E) for E experts, and `factors` takes one expert's out of them; their rank and scaling
-    are known when adapter_config.stack_pairs has told which parameter they are for, 1 and NaN before. `magnitude` is
-    DoRA's m, `bias` lora_B's own bias (lora_bias), each a vector.
+    and lora_embedding_B (dim, r), which `a` and `b` transpose, so that Δ is (vocabulary, dim). `parameter`: they are
+    lora_A (r·E, in) and lora_B (out, r·E) for E experts, and `factors` returns those of one expert. Their rank is 1 and
+    their scaling NaN until `targeting.stack_pairs` returns pairs with the values of their parameter. `magnitude` is
+    DoRA's m, `bias` is the bias of lora_B (lora_bias); each is a vector.
     """
 
     module: str
@@ -51,7 +51,7 @@ class LoraPair:
 
     @property
     def experts(self) -> int:
-        """E, how many updates the pair holds: 1 but for a parameter with a leading axis of experts."""
+        """E, the number of updates in the pair: 1 except for a parameter with a leading axis of experts."""
         return self.a_entry.shape[0] // self.rank
 
     @property
@@ -83,14 +83,14 @@ class LoraPair:
     def _vector(self, entry: TensorEntry | None, what: str) -> torch.Tensor:
         if entry is None:
             raise PatchError(
-                f"{self.a_entry.path}: {self.module} has no {what}; expected one, was the patch saved whole?"
+                f"{self.a_entry.path}: {self.module} has no {what}; expected one, was the patch saved completely?"
             )
         return read_finite(entry).reshape(-1)
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """The rows of an embedding that were trained (trainable_token_indices); they take the base's rows' place."""
+    """The trained rows of an embedding (trainable_token_indices); they replace the base's rows."""
 
     module: str
     indices: tuple[int, ...]
@@ -121,7 +121,7 @@ def read_finite_array(entry: TensorEntry) -> NDArray[Any]:
 
 
 def check_finite(entry: TensorEntry) -> None:
-    """Raise PatchError when a tensor of a patch holds NaN or infinity; read in blocks."""
+    """Raise PatchError when a tensor of a patch contains NaN or infinity; it is read in blocks."""
     if not entry.is_finite():
         raise _not_finite(entry)
 
@@ -137,8 +137,8 @@ def factors(
 ) -> tuple[Matrix, Matrix]:
     """Return (a (r, in), b (out, r)) of one expert; Δ of that expert = pair.scaling · b @ a.
 
-    lora_A (E·r, in) counts the expert slowest, lora_B (out, r·E) fastest. `read` may cache
-    tensors for the next expert. Raises ShapeError, PatchError.
+    The expert is the slowest index of lora_A (E·r, in), and the fastest of lora_B (out, r·E). `read` may cache tensors
+    for the next expert. Raises ShapeError, PatchError.
     """
     a, b = read(pair.a_entry), read(pair.b_entry)
     if a.shape[0] != experts * pair.rank or b.shape[1] != experts * pair.rank or not 0 <= expert < experts:

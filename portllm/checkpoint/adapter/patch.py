@@ -1,4 +1,4 @@
-"""A patch: a PEFT directory of the LoRA family, read from its headers; what cannot be ported is refused by name.
+"""A patch: a PEFT directory of the LoRA family, read from its headers; unsupported features are refused by name.
 
 LoRA: arXiv:2106.09685; rank-stabilised LoRA: arXiv:2312.03732; DoRA: arXiv:2402.09353; PiSSA: arXiv:2404.02948; OLoRA:
 arXiv:2406.01775.
@@ -31,15 +31,15 @@ class Patch:
     """A PEFT LoRA directory. Names are those of the model in memory it was trained on, without PEFT's own parts.
 
     modules: LoRA on linear modules and embeddings, by module.
-    stacks: LoRA on parameters (target_parameters), by the module that holds them, outermost wrapper first;
-    targeting.stack_pairs finds the parameter that each is for, and its rank and scaling.
-    replaced: parameters that take the base's place (modules_to_save, trained biases), by full name.
-    tokens: rows that take the base's place (trainable_token_indices), by module.
-    saved: copies of the base's weights that PEFT wrote along, by module; no part of the patch, and
+    stacks: LoRA on parameters (target_parameters), by the module that contains them, outermost wrapper first;
+    targeting.stack_pairs returns the parameter of each, with its rank and scaling.
+    replaced: parameters that replace the base's (modules_to_save, trained biases), by full name.
+    tokens: rows that replace the base's (trainable_token_indices), by module.
+    saved: copies of the base's weights that PEFT also wrote, by module; no part of the patch, and
     `planning.check_saved` proves that they are copies. idle: tensors without effect on the patched model, by name.
-    follows_tie: modules (or ends of their names) to which PEFT gives something only where the base ties them to its
-    embedding: LoRA or whole weights by ensure_weight_tying, or the embedding's trained rows.
-    init: what the initialisation took out of the old base.
+    follows_tie: modules (or ends of their names) that PEFT changes only where the base ties them to its embedding: by
+    LoRA or complete weights (ensure_weight_tying), or by the embedding's trained rows.
+    init: the initialisation, which determines what was subtracted from the old base.
     """
 
     path: Path
@@ -57,7 +57,7 @@ class Patch:
 
     @classmethod
     def open(cls, path: Path) -> Patch:
-        """Read config and header, classify every tensor or refuse it by name; reads no tensor data.
+        """Read config and header, and classify every tensor or refuse it by name; read no tensor data.
 
         Raises PatchError, UnsupportedPatchError, UnmatchedModulesError, ShapeError, UnsafeFileError or CheckpointError.
         """
@@ -76,32 +76,32 @@ class Patch:
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether PEFT was told that the base stores its weights transposed (GPT-2's Conv1D)."""
+        """Whether the config states that the base stores its weights transposed (GPT-2's Conv1D)."""
         return bool(self.config.get("fan_in_fan_out"))
 
     @property
     def ensure_weight_tying(self) -> bool:
-        """Whether the base's tied weights were kept tied in training."""
+        """Whether the base's tied weights stayed tied in training."""
         return bool(self.config.get("ensure_weight_tying"))
 
     @property
     def left_behind(self) -> frozenset[str]:
-        """Tensors that are of the base it was trained on: in a patch for another base, PEFT would put them over it."""
+        """Names of tensors of its old base; in a patch for another base they would replace that base's."""
         return frozenset(entry.name for entry in (*self.saved.values(), *self.idle.values()))
 
     @property
     def beyond(self) -> str | None:
-        """What the patch changes that is no Δ = s·BA added to modules, for people; None for plain LoRA."""
+        """The first feature that is not Δ = s·BA added to modules, for people; None for plain LoRA."""
         pairs = self.modules.values()
         features = {
             "DoRA": any(pair.magnitude for pair in pairs),
             "lora_bias": any(pair.bias for pair in pairs),
             "target_parameters": self.stacks,
-            "modules or biases saved whole": self.replaced,
+            "modules or biases saved completely": self.replaced,
             "trained tokens": self.tokens,
             f"init_lora_weights={self.init}": self.init != "plain",
         }
-        return next((what for what, there in features.items() if there), None)
+        return next((feature for feature, present in features.items() if present), None)
 
 
 def _weights(path: Path) -> Path:

@@ -1,25 +1,25 @@
 """Regular expressions from a file, matched as PEFT matches them, in bounded time.
 
-A pattern can take longer than the age of the universe, and Python cannot interrupt one. So patterns that are little
-more than names are matched here, and all others in a process of their own, which is ended after a while.
+A match can take longer than the age of the universe, and Python cannot interrupt it. So patterns that are hardly more
+than names are matched here, and all others in a separate process, which is killed after SECONDS.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess  # noqa: S404 - this interpreter with code of ours; what the file says goes in as data
+import subprocess  # noqa: S404 - this interpreter with our own code; the file's patterns are data
 import sys
 from collections.abc import Sequence
 
 from portllm.errors import PatchError
 
 MAX_CHARACTERS = 65_536
-MAX_STEPS = 100_000_000  # in this process, if every one counted; about a second
+MAX_STEPS = 100_000_000  # in this process, counted as if every pattern backtracked; about a second
 SECONDS = 10.0
 
 PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)+")
-SIMPLE = re.compile(r"\^?(?:\.\*|\\d\+|[\w-]|\\?\.)+")  # repeats, but none in a group: polynomial time
+SIMPLE = re.compile(r"\^?(?:\.\*|\\d\+|[\w-]|\\?\.)+")  # no repeat in a group: polynomial time
 REPEAT = re.compile(r"\.\*|\\d\+")
 
 WHOLE = "{}"  # re.fullmatch: target_modules and exclude_modules
@@ -34,9 +34,10 @@ json.dump([next((i for i, test in enumerate(tests) if test(name)), -1) for name 
 
 
 def first_matches(patterns: Sequence[str], names: Sequence[str], form: str, where: str) -> list[int]:
-    """For each name the index of the first pattern that matches it, or -1. `form` is WHOLE or TAIL.
+    """Return for each name the index of the first pattern that matches it, or -1. `form` is WHOLE or TAIL.
 
-    `where` says in errors where the patterns come from. Raises PatchError for one that is none, or takes too long.
+    `where` names the source of the patterns in errors. Raises PatchError for an invalid pattern, or one that takes too
+    long.
     """
     if not patterns or not names:
         return [-1] * len(names)
@@ -49,7 +50,7 @@ def first_matches(patterns: Sequence[str], names: Sequence[str], form: str, wher
 
 
 def _steps(patterns: Sequence[str], names: Sequence[str]) -> float:
-    """At most how many steps the patterns take on the names: length to the power of repeats, were each to backtrack."""
+    """Return an upper bound of the steps of all matches: length to the power of repeats, if each backtracks."""
     if not all(SIMPLE.fullmatch(pattern) for pattern in patterns):
         return float("inf")
     longest = max(map(len, names))
@@ -58,8 +59,8 @@ def _steps(patterns: Sequence[str], names: Sequence[str]) -> float:
 
 
 def _first(tests: Sequence[re.Pattern[str]], name: str, *, whole: bool) -> int:
-    found = (i for i, test in enumerate(tests) if (test.fullmatch(name) if whole else test.match(name)))
-    return next(found, -1)
+    indices = (i for i, test in enumerate(tests) if (test.fullmatch(name) if whole else test.match(name)))
+    return next(indices, -1)
 
 
 def _check(pattern: str, form: str, where: str) -> None:
@@ -69,12 +70,14 @@ def _check(pattern: str, form: str, where: str) -> None:
         re.compile(form.format(pattern))
     except (re.error, RecursionError, OverflowError) as error:
         short = pattern if len(pattern) <= 60 else pattern[:57] + "..."
-        raise PatchError(f"{where}: {short!r} is not a regular expression ({error}); mend the config") from error
+        raise PatchError(
+            f"{where}: {short!r} is not a regular expression ({error}); correct adapter_config.json"
+        ) from error
 
 
 def _elsewhere(patterns: Sequence[str], names: Sequence[str], whole: bool, where: str) -> list[int]:
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _CHILD],
             input=json.dumps([patterns, names, whole]).encode(),
             capture_output=True,
@@ -88,4 +91,4 @@ def _elsewhere(patterns: Sequence[str], names: Sequence[str], whole: bool, where
         ) from error
     except (OSError, subprocess.CalledProcessError) as error:
         raise PatchError(f"{where}: cannot be matched ({type(error).__name__}); expected a list of names") from error
-    return [int(index) for index in json.loads(done.stdout)]
+    return [int(index) for index in json.loads(result.stdout)]

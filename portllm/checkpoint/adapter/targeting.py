@@ -1,7 +1,7 @@
-"""What adapter_config.json says about modules: which PEFT would give LoRA, with what rank and scaling.
+"""The modules to which PEFT gives LoRA by adapter_config.json, with their rank and scaling.
 
-Each rule is PEFT's own: check_target_module_exists and _inject_parameters of tuners_utils.py, get_pattern_key of
-utils/other.py, read in peft 0.21.
+The rules are those of peft 0.21: check_target_module_exists and _inject_parameters of tuners_utils.py, get_pattern_key
+of utils/other.py.
 LoRA: arXiv:2106.09685; rank-stabilised LoRA: arXiv:2312.03732.
 """
 
@@ -20,28 +20,28 @@ from portllm.checkpoint.files.names import ADAPTER_CONFIG as CONFIG
 from portllm.errors import PatchError, ShapeError, UnmatchedModulesError, UnsupportedPatchError
 
 ALL_LINEAR = "all-linear"
-OUTPUTS = frozenset({"lm_head", "embed_out", "score", "classifier"})  # what all-linear leaves out
+OUTPUTS = frozenset({"lm_head", "embed_out", "score", "classifier"})  # no LoRA with all-linear
 LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
-# from this version on, the factors of experts lie as (experts, out, in) says; before, the two last axes were swapped
+# since this version the factors of experts are for (experts, out, in); before, the two last axes were swapped
 EXPERTS_SINCE = (0, 19, 1)
 
 
 def scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """(rank, alpha/r or alpha/√r) that PEFT gives `module`. Raises PatchError."""
+    """Return (rank, alpha/r or alpha/√r) that PEFT gives `module`. Raises PatchError."""
     return scalings(config, [module])[module]
 
 
 def scalings(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, tuple[int, float]]:
-    """(rank, scaling) of each module, by the first pattern in the file's order that matches it. Raises PatchError."""
+    """Return (rank, scaling) of each module, by the first pattern in the file that matches it. Raises PatchError."""
     ranks = _patterned(config, "rank_pattern", "r", modules)
     alphas = _patterned(config, "alpha_pattern", "lora_alpha", modules)
     return {m: _scaling(m, rank, alpha, config) for m, rank, alpha in zip(modules, ranks, alphas, strict=True)}
 
 
 def matched(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, bool]:
-    """Whether PEFT would give LoRA to each of these modules of its model. Raises PatchError.
+    """Return for each of these modules of the model whether PEFT would give it LoRA. Raises PatchError.
 
-    Without target_modules PEFT chooses by architecture, of which nothing is known here: all pass but the excluded.
+    Without target_modules PEFT chooses by architecture, which the config does not contain: all but the excluded match.
     """
     targets = config.get("target_modules")
     excluded = _excluded(config, modules)
@@ -50,26 +50,26 @@ def matched(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, bool
     elif isinstance(targets, str):
         hits = _hits(config, targets, modules)
     else:
-        known = frozenset(targets or ())
+        names = frozenset(targets or ())
         in_layers = _layer_test(config)
-        hits = [module in known or (_listed(module, known) and in_layers(module)) for module in modules]
+        hits = [module in names or (_listed(module, names) and in_layers(module)) for module in modules]
     return {m: hit and not out for m, hit, out in zip(modules, hits, excluded, strict=True)}
 
 
 def all_linear(config: Mapping[str, Any]) -> bool:
-    """Whether target_modules is PEFT's shorthand for every linear module but the output's."""
+    """Return whether target_modules is PEFT's shorthand for every linear module but the output's."""
     targets = config.get("target_modules")
     return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
 def saved_whole(config: Mapping[str, Any], parameter: str) -> bool:
-    """Whether the parameter is in a module of modules_to_save, which PEFT matches by the end of a module's name."""
+    """Return whether the parameter is in a module of modules_to_save, which PEFT matches by the end of its name."""
     names = tuple(config.get("modules_to_save") or ())
     return bool(names) and any(owner.endswith(names) for owner in _owners(parameter))
 
 
 def with_parameters(config: Mapping[str, Any], owners: Collection[str]) -> set[str]:
-    """Which of these modules target_parameters can mean; one that names no module can mean any."""
+    """Return the modules that target_parameters can name; a target without a module can be in any."""
     modules = {target.rpartition(".")[0] for target in config.get("target_parameters") or ()}
     return {owner for owner in owners if "" in modules or _listed(owner, modules)}
 
@@ -77,10 +77,10 @@ def with_parameters(config: Mapping[str, Any], owners: Collection[str]) -> set[s
 def stack_pairs(
     config: Mapping[str, Any], owner: str, parameters: Sequence[str], stack: Sequence[LoraPair]
 ) -> tuple[tuple[str, LoraPair], ...]:
-    """(parameter, pair) of a module's stack, outermost first, each pair with the rank and scaling of its parameter.
+    """Return (parameter, pair) for a module's stack, outermost first, with the rank and scaling of each parameter.
 
-    `parameters` are the owner's own in the order the model registers them: PEFT wraps each that target_parameters names
-    in that order, so the last is outermost. Raises UnmatchedModulesError, ShapeError or UnsupportedPatchError.
+    `parameters` are the owner's own, in the order the model registers them. PEFT wraps those that target_parameters
+    names in that order, so the last is outermost. Raises UnmatchedModulesError, ShapeError or UnsupportedPatchError.
     """
     targets = frozenset(config.get("target_parameters") or ())
     names = [name for name in reversed(parameters) if _listed(f"{owner}.{name}", targets)]
@@ -89,8 +89,8 @@ def stack_pairs(
             f"{owner}: the patch holds {len(stack)} updates, target_parameters names {len(names)} of the base's "
             f"parameters ({', '.join(names) or 'none'}); is this a release of the base the patch was trained on?"
         )
-    known = scalings(config, [f"{owner}.{name}" for name in names])
-    pairs = [_with_rank(pair, *known[f"{owner}.{name}"]) for name, pair in zip(names, stack, strict=True)]
+    ranks = scalings(config, [f"{owner}.{name}" for name in names])
+    pairs = [_with_rank(pair, *ranks[f"{owner}.{name}"]) for name, pair in zip(names, stack, strict=True)]
     for name, pair in zip(names, pairs, strict=True):
         _refuse_old_experts(config, f"{owner}.{name}", pair)
     return tuple(zip(names, pairs, strict=True))
@@ -101,13 +101,13 @@ def _with_rank(pair: LoraPair, rank: int, scale: float) -> LoraPair:
     if rows != columns or rows % rank:
         raise ShapeError(
             f"{pair.module}: lora_A has {rows} rows and lora_B {columns} columns, expected a multiple of r={rank} "
-            f"({CONFIG}) in both; was the patch saved whole?"
+            f"({CONFIG}) in both; was the patch saved completely?"
         )
     return replace(pair, rank=rank, scaling=scale)
 
 
 def _refuse_old_experts(config: Mapping[str, Any], parameter: str, pair: LoraPair) -> None:
-    """PEFT changed the two axes' meaning in 0.19.1; where both are as long, only its version tells which it was."""
+    """Raise UnsupportedPatchError for square experts of an older PEFT: 0.19.1 swapped the meaning of their axes."""
     version = config.get("peft_version")
     if pair.experts > 1 and pair.shape[0] == pair.shape[1] and not _since(str(version), EXPERTS_SINCE):
         raise UnsupportedPatchError(
@@ -118,9 +118,9 @@ def _refuse_old_experts(config: Mapping[str, Any], parameter: str, pair: LoraPai
 
 
 def _since(version: str, first: tuple[int, int, int]) -> bool:
-    found = re.match(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})", version)
-    number = tuple(int(part) for part in found.groups()) if found else (0, 0, 0)
-    return number > first or (number == first and "dev" not in version)  # a dev version came before and after it
+    match = re.match(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})", version)
+    number = tuple(int(part) for part in match.groups()) if match else (0, 0, 0)
+    return number > first or (number == first and "dev" not in version)  # dev: before or after the change
 
 
 # --- rank and scaling ---
@@ -136,11 +136,11 @@ def _patterned(config: Mapping[str, Any], patterns: str, default: str, modules: 
 def _scaling(module: str, rank: Any, alpha: Any, config: Mapping[str, Any]) -> tuple[int, float]:
     if type(rank) is not int or not 1 <= rank < 2**31:
         raise PatchError(
-            f"{CONFIG}: r of {module} must be a positive whole number, found {rank!r:.60}; mend the config"
+            f"{CONFIG}: r of {module} must be a positive whole number, found {rank!r:.60}; correct {CONFIG}"
         )
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 2.0**127:
         raise PatchError(
-            f"{CONFIG}: lora_alpha of {module} must be a finite number, found {alpha!r:.60}; mend the config"
+            f"{CONFIG}: lora_alpha of {module} must be a finite number, found {alpha!r:.60}; correct {CONFIG}"
         )
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -154,9 +154,9 @@ def _hits(config: Mapping[str, Any], pattern: str, modules: Sequence[str]) -> li
     return [i >= 0 for i in first_matches([pattern], modules, WHOLE, f"{CONFIG}: target_modules")]
 
 
-def _listed(name: str, known: Collection[str]) -> bool:
-    """Whether the name, or its tail after a dot, is in `known`."""
-    return name in known or any(tail in known for tail in _tails(name))
+def _listed(name: str, names: Collection[str]) -> bool:
+    """Return whether the name, or its tail after a dot, is in `names`."""
+    return name in names or any(tail in names for tail in _tails(name))
 
 
 def _tails(name: str) -> Iterator[str]:
@@ -174,28 +174,28 @@ def _excluded(config: Mapping[str, Any], modules: Sequence[str]) -> list[bool]:
     exclude = config.get("exclude_modules") or []
     if isinstance(exclude, str):
         first = first_matches([exclude], modules, WHOLE, f"{CONFIG}: exclude_modules")
-        out = [i >= 0 for i in first]
+        excluded = [i >= 0 for i in first]
     else:
-        known = frozenset(exclude)
-        out = [_listed(module, known) for module in modules]
-    whole = names_of(config, "modules_to_save")
-    if not whole:
-        return out
-    test = re.compile(rf"(^|.*\.)(?:{'|'.join(whole)})($|\..*)")
-    return [found or test.match(module) is not None for found, module in zip(out, modules, strict=True)]
+        names = frozenset(exclude)
+        excluded = [_listed(module, names) for module in modules]
+    saved = names_of(config, "modules_to_save")
+    if not saved:
+        return excluded
+    test = re.compile(rf"(^|.*\.)(?:{'|'.join(saved)})($|\..*)")
+    return [hit or test.match(module) is not None for hit, module in zip(excluded, modules, strict=True)]
 
 
 def _layer_test(config: Mapping[str, Any]) -> Callable[[str], bool]:
-    """PEFT's layers_to_transform: whether a module is in one of those layers. Names given in full need not be."""
+    """Return a test whether a module is in a layer of layers_to_transform; modules named in full skip it."""
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
         return lambda _: True
-    wanted = frozenset([layers] if isinstance(layers, int) else layers)
+    numbers = frozenset([layers] if isinstance(layers, int) else layers)
     names = names_of(config, "layers_pattern")
     tests = [re.compile(rf"(?:^|.*?\.){name}\.(\d+)\.") for name in names] or [LAYER]
 
     def test(module: str) -> bool:
-        found = next((match for test in tests if (match := test.match(module))), None)
-        return found is not None and int(found[1]) in wanted
+        layer = next((match for test in tests if (match := test.match(module))), None)
+        return layer is not None and int(layer[1]) in numbers
 
     return test

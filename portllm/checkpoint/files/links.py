@@ -1,8 +1,8 @@
 """Symbolic links in a directory: which of them are followed.
 
-With `dvc config cache.type symlink` every output of the pipeline is a link into DVC's cache, and a snapshot in a hub
-cache consists of links to the blobs next to it. Those are followed. A link to any other place is refused, since the
-directory may come from somebody else and its link would publish or hash a file of this machine.
+With `dvc config cache.type symlink` every output of the pipeline is a link into DVC's cache. A snapshot in a hub cache
+consists of links to the blobs next to it. These links are followed. A link to any other place is refused: the
+directory may come from another author, and its link would publish or hash a file of this machine.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from portllm.errors import UnsafeFileError
 
 DVC = ".dvc"
 SNAPSHOTS = "snapshots"  # hub caches keep a repository's files in …/models--OWNER--NAME/snapshots/REVISION
-# an object in DVC's cache, as DVC 3 and DVC 2 name it: a config's cache.dir alone could lead to any file
+# the name of an object in DVC's cache, by DVC 3 and DVC 2: cache.dir of a config alone could lead to any file
 _OBJECT = re.compile(r"(files/md5/)?[0-9a-f]{2}/[0-9a-f]{30}")
 
 
 def resolve(path: Path, folder: Path) -> Path:
-    """Return the file that `path`, which is in `folder`, leads to.
+    """Return the file to which `path`, which is in `folder`, leads.
 
-    Raises UnsafeFileError where that is neither in `folder` nor in its hub cache nor in its project's DVC cache,
-    FileNotFoundError for a link to nothing, RuntimeError or OSError for a circle of links.
+    Raises UnsafeFileError where that file is neither in `folder` nor in its hub cache nor in its project's DVC cache.
+    Raises FileNotFoundError for a link to nothing, RuntimeError or OSError for a circle of links.
     """
     target = path.resolve(strict=True)
     if target.is_relative_to(_own_root(folder)) or _is_cached(target, folder):
@@ -59,9 +59,9 @@ def materialise(folder: Path, out: Path) -> None:
 
 
 def dvc_root(folder: Path) -> Path | None:
-    """Return the root of the DVC project that `folder` is in, None outside of any."""
-    here = folder.absolute()
-    return next((root for root in (here, *here.parents) if (root / DVC).is_dir()), None)
+    """Return the root of the DVC project that contains `folder`, or None outside of any project."""
+    absolute = folder.absolute()
+    return next((root for root in (absolute, *absolute.parents) if (root / DVC).is_dir()), None)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -71,9 +71,9 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _own_root(folder: Path) -> Path:
     # the links of a hub cache's snapshot lead to the blobs next to it
-    own = folder.absolute()
-    if own.parent.name == SNAPSHOTS and own.parent.parent.name.startswith("models--"):
-        return own.parent.parent.resolve()
+    absolute = folder.absolute()
+    if absolute.parent.name == SNAPSHOTS and absolute.parent.parent.name.startswith("models--"):
+        return absolute.parent.parent.resolve()
     return folder.resolve()
 
 
@@ -87,7 +87,7 @@ def _is_cached(target: Path, folder: Path) -> bool:
 
 @cache
 def _dvc_caches(root: Path) -> tuple[Path, ...]:
-    """Return where the DVC project at `root` keeps, or kept before cache.dir was set, its cache."""
+    """Return the cache directories of the DVC project at `root`: the configured one and the default one."""
     return tuple(place.resolve() for place in (_configured_cache(root), root / DVC / "cache") if place is not None)
 
 
@@ -103,7 +103,7 @@ def _configured_cache(root: Path) -> Path | None:
         try:
             parser.read_string(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, configparser.Error):
-            continue  # absent, or not to be read: DVC itself reports that
+            continue  # absent or unreadable: DVC itself reports that
         if value := parser.get("cache", "dir", fallback=""):
             return file.parent / value  # a relative one is relative to its file
     return None

@@ -1,4 +1,4 @@
-"""Names of files: of weights, configs and records, and the files that a ported directory gets besides its weights."""
+"""Names of files: of weights, configs and records, and the files that a port copies in addition to the weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 CARD = "README.md"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-# weights in any format: a copy of the base's would be unmerged weights next to the ported ones
+# weights in any format: a copied one would contain unmerged weights next to the ported ones
 WEIGHT_SUFFIXES = frozenset({
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
     ".onnx_data", ".npz", ".pkl",
@@ -32,29 +32,29 @@ TOKENIZER = VOCABULARY | TEMPLATES | {"tokenizer_config.json", "special_tokens_m
 
 
 def companions(base: Path, patch: Path) -> dict[str, Path]:
-    """Relative name → file to copy into a ported checkpoint: the base's, with the tokenizer of the patch if it has one.
+    """Return relative name → file to copy into a ported checkpoint: the base's files and the patch's tokenizer.
 
-    A patch that carries a vocabulary brings its whole tokenizer, so that two tokenizers are never mixed; one that
-    carries a chat template alone brings just that. Raises CheckpointError where one is a link to nothing or no file.
+    A patch with a vocabulary supplies its complete tokenizer, so that two tokenizers are never mixed. A patch with only
+    a chat template supplies only that. Raises CheckpointError where a file is a link to nothing or not a file.
     """
     files = dict(_others(base))
-    own = tokenizer_files(patch)
-    if VOCABULARY & own.keys():
+    tokenizer = tokenizer_files(patch)
+    if VOCABULARY & tokenizer.keys():
         files = {name: path for name, path in files.items() if not _of_tokenizer(name)}
-        files.update(own)
-    elif templates := {name: path for name, path in own.items() if _of_template(name)}:
+        files.update(tokenizer)
+    elif templates := {name: path for name, path in tokenizer.items() if _of_template(name)}:
         files = {name: path for name, path in files.items() if not _of_template(name)}
         files.update(templates)
     return {name: _file(path) for name, path in sorted(files.items())}
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """Relative name → path of the tokenizer files and chat templates in `folder`. Raises CheckpointError."""
+    """Return relative name → path of the tokenizer files and chat templates in `folder`. Raises CheckpointError."""
     return {name: _file(path) for name, path in _others(folder) if _of_tokenizer(name)}
 
 
 def _others(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Everything in `folder` that is no weight, no record and not hidden. Raises CheckpointError."""
+    """Yield (relative name, path) of all files but weights, records and hidden files. Raises CheckpointError."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -71,19 +71,19 @@ def _others(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _refuse_half_characters(name: str, folder: Path) -> None:
-    """A name that is no UTF-8 could be copied, and not be named in a record."""
+    """Raise CheckpointError for a name that is not UTF-8: a record could not contain it."""
     try:
         name.encode()
     except UnicodeEncodeError as error:
-        shown = name.encode("utf-8", "backslashreplace").decode()
-        raise CheckpointError(f"{folder}: the name of its file {shown} is not UTF-8; rename or remove it") from error
+        escaped = name.encode("utf-8", "backslashreplace").decode()
+        raise CheckpointError(f"{folder}: the name of its file {escaped} is not UTF-8; rename or remove it") from error
 
 
 def _file(path: Path) -> Path:
-    # what cannot be taken along is said, never left out in silence: a model without its tokenizer is a wrong model
+    # a file that cannot be copied is an error, never left out: a model without its tokenizer is a wrong model
     if not path.is_file():
-        found = "a link to nothing" if path.is_symlink() and not path.exists() else "no file"
-        raise CheckpointError(f"{path}: expected a file to copy, found {found}; fetch it again or remove it")
+        kind = "a link to nothing" if path.is_symlink() and not path.exists() else "no file"
+        raise CheckpointError(f"{path}: expected a file to copy, found {kind}; fetch it again or remove it")
     return path
 
 

@@ -1,12 +1,12 @@
-"""OUT appears complete or not at all: written beside itself, synced, renamed.
+"""OUT appears complete or not at all: it is written next to its final path, synced and renamed.
 
-Beside OUT there may be, for a while or after a kill, and until the next run that writes the same OUT:
-    .NAME.partial    what is being written; locked, so that two runs never mix
-    .NAME.replaced   the OUT that was there before, whole; put back where OUT itself is not there
-    .NAME.discarded  what is being deleted, no longer whole
-    .NAME.kept       what the next run of the same work goes on from (see `kept`)
+Next to OUT these can exist during a run or after a kill, until the next run that writes the same OUT:
+    .NAME.partial    the directory being written; locked, so that two runs never mix
+    .NAME.replaced   the earlier OUT, complete; renamed back where OUT is absent
+    .NAME.discarded  a directory being deleted, no longer complete
+    .NAME.kept       the state from which the next run of the same work continues (see `kept`)
 
-Of several processes on one job the main one writes; what the others write goes to a directory that is thrown away.
+Of several processes on one job the main one writes; the others write to a temporary directory that is deleted.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from portllm.errors import MachineError, OutputError, PortllmError
 
 STALE_SECONDS = 24 * 3600
 MARGIN_BYTES = 16 << 20  # records, card, directory entries
-# what this process is writing, and the folders it made for it (see `abandon`)
+# the partial directories of this process, each with the folders made for it (see `abandon`)
 _writing: dict[Path, Sequence[Path]] = {}
 
 
 @contextlib.contextmanager
 def staged(out: Path, *, force: bool = False, inputs: Sequence[Path] = (), key: str | None = None) -> Iterator[Path]:
-    """A directory beside `out` to write into; it becomes `out` when the block ends without error.
+    """Yield a directory next to `out` to write into; it becomes `out` when the block ends without error.
 
-    With a `key`, which names the work, the block may fill `kept(out, key)`: that outlives a kill, Ctrl-C or crash, so
-    that the next run under the same key goes on from there, as it does after a full disk or too little memory; an error
-    that would come again removes it, and the end.
+    With a `key`, which names the work, the block may fill `kept(out, key)`. That directory survives a kill, Ctrl-C, a
+    crash, a full disk or too little memory: the next run with the same key continues from it. Success removes it, and
+    so does an error that would occur again.
 
-    Raises OutputError when `out` is one of `inputs` or lies in one of them, when it exists and is
-    not empty (unless `force`), when another process is writing it, or when the disk refuses.
+    Raises OutputError when `out` overlaps one of `inputs`, or exists and is not empty (unless `force`). Raises it also
+    when another process is writing `out`, or when a write fails.
     """
     if not processes.is_main():
         with tempfile.TemporaryDirectory() as folder:
@@ -48,11 +48,11 @@ def staged(out: Path, *, force: bool = False, inputs: Sequence[Path] = (), key: 
         return
     refuse(out, force=force, inputs=inputs)
     partial = _beside(out, "partial")
-    with _refusals_of_the_disk(out), _parents(out.parent) as made, _locked(partial, out):
+    with _refusals_of_the_disk(out), _parents(out.parent) as folders, _locked(partial, out):
         _empty(partial)
         _recover(out)
-        refuse(out, force=force, inputs=inputs)  # what was recovered counts as there
-        with _noted(partial, made), _keeping(out, key):
+        refuse(out, force=force, inputs=inputs)  # a recovered OUT exists, too
+        with _noted(partial, folders), _keeping(out, key):
             yield partial
             sync_tree(partial)
             refuse(out, force=force, inputs=inputs)
@@ -60,15 +60,15 @@ def staged(out: Path, *, force: bool = False, inputs: Sequence[Path] = (), key: 
 
 
 def kept(out: Path, key: str) -> Path:
-    """Where the work named `key` on `out` may keep what its next run goes on from; make it and fill it in `staged`."""
+    """Return the directory for the state from which the next run of work `key` on `out` continues; see `staged`."""
     return _beside(out, "kept") / key
 
 
 @contextlib.contextmanager
 def staged_file(out: Path) -> Iterator[Path]:
-    """A path beside `out` to write one file to; it replaces `out` when the block ends without error.
+    """Yield a path next to `out` to write one file to; it replaces `out` when the block ends without error.
 
-    Raises OutputError when `out` is a directory or cannot be where it is, or when the disk refuses.
+    Raises OutputError when `out` is a directory, when its path cannot exist, or when a write fails.
     """
     if not processes.is_main():
         with tempfile.TemporaryDirectory() as folder:
@@ -92,52 +92,52 @@ def staged_file(out: Path) -> Iterator[Path]:
 
 
 def refuse_file(out: Path) -> None:
-    """Raise OutputError where the file `out` cannot be written: at once, for work that takes long before."""
+    """Raise OutputError where the file `out` cannot be written; a check before long work."""
     if not processes.is_main():
         return
     with _refusals_of_the_disk(out):
-        there = next(path for path in (out, *out.parents) if path.exists() or path == path.parent)
-        if there == out and out.is_dir():
+        existing = next(path for path in (out, *out.parents) if path.exists() or path == path.parent)
+        if existing == out and out.is_dir():
             raise OutputError(f"{out}: expected a file or nothing, found a directory; name a file")
-        if there != out and not there.is_dir():
-            raise OutputError(f"{out}: expected {there} to be a directory, found a file; choose another place")
+        if existing != out and not existing.is_dir():
+            raise OutputError(f"{out}: expected {existing} to be a directory, found a file; choose another place")
 
 
 def abandon() -> None:
-    """Remove what this process is writing: for one that waits for others for ever, and is to be ended."""
-    for partial, made in list(_writing.items()):
+    """Remove what this process is writing; for a process that is blocked permanently and about to be ended."""
+    for partial, folders in list(_writing.items()):
         shutil.rmtree(partial, ignore_errors=True)
-        _remove_empty(made)
+        _remove_empty(folders)
 
 
 @contextlib.contextmanager
-def _noted(partial: Path, made: Sequence[Path]) -> Iterator[None]:
-    _writing[partial] = made  # it stays after an error: a signal may come in the middle of the clean-up
+def _noted(partial: Path, folders: Sequence[Path]) -> Iterator[None]:
+    _writing[partial] = folders  # the entry stays after an error: a signal may interrupt the clean-up
     yield
     del _writing[partial]
 
 
 @contextlib.contextmanager
 def _keeping(out: Path, key: str | None) -> Iterator[None]:
-    """Remove what was kept of other work now, and all of it in the end, unless the next run can go on from it."""
-    place = _beside(out, "kept")
+    """Remove the kept state of other work first, and all kept state at the end, unless the next run can use it."""
+    root = _beside(out, "kept")
     if key is None:
-        shutil.rmtree(place, ignore_errors=True)
-    for other in place.iterdir() if place.is_dir() and not place.is_symlink() else ():
-        if other.name != key:
-            shutil.rmtree(other, ignore_errors=True)
+        shutil.rmtree(root, ignore_errors=True)
+    for state in root.iterdir() if root.is_dir() and not root.is_symlink() else ():
+        if state.name != key:
+            shutil.rmtree(state, ignore_errors=True)
     try:
         yield
     except PortllmError as error:
-        # a lack of memory, disk or another process may be over next time, any other error would come again
+        # a lack of memory or disk, or another process, can be gone in the next run; any other error would occur again
         if not isinstance(error, (MachineError, OutputError)):
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(root, ignore_errors=True)
         raise
-    shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(root, ignore_errors=True)
 
 
 def _sweep(out: Path) -> None:
-    """Remove what runs killed long ago left beside the file `out`; a younger one may still be at work."""
+    """Remove partial files of killed runs next to the file `out`; a recent one may belong to a running process."""
     for stale in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - stale.stat().st_mtime > STALE_SECONDS:
@@ -145,9 +145,9 @@ def _sweep(out: Path) -> None:
 
 
 def check_room(folder: Path, needed: int, who: str) -> None:
-    """Raise OutputError where `needed` bytes, and the records beside them, do not fit beside `folder`.
+    """Raise OutputError where `needed` bytes and their records do not fit on the disk of `folder`.
 
-    `who` begins what the error says of them: "the ported files need".
+    `who` is the subject and verb of the error's text: "the ported files need".
     """
     free = shutil.disk_usage(folder).free
     if free < needed + MARGIN_BYTES:
@@ -158,20 +158,20 @@ def check_room(folder: Path, needed: int, who: str) -> None:
 
 
 def refuse(out: Path, *, force: bool, inputs: Sequence[Path]) -> None:
-    """Raise OutputError where `out` may not be written (see `staged`): at once, for work that fetches much before."""
-    if not processes.is_main():  # it writes nothing there
+    """Raise OutputError where `out` may not be written (see `staged`); a check before long work."""
+    if not processes.is_main():  # only the main process writes `out`
         return
     try:
         _refuse(out, force=force, inputs=inputs)
-    except (OSError, ValueError) as error:  # too long, a NUL in it, not ours to look at
-        text = error.strerror if isinstance(error, OSError) else error
-        raise OutputError(f"{out}: cannot be written ({text}); choose another OUT") from error
+    except (OSError, ValueError) as error:  # a name that is too long or contains NUL, or no permission to read
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(f"{out}: cannot be written ({reason}); choose another OUT") from error
 
 
 def _refuse(out: Path, *, force: bool, inputs: Sequence[Path]) -> None:
     if out.name in ("", ".."):
         raise OutputError(f"{out}: expected the name of a directory to make; choose another OUT")
-    target = Path(os.path.realpath(out))  # not resolve(), which raises RuntimeError for links in circles
+    target = Path(os.path.realpath(out))  # resolve() would raise RuntimeError for a circle of links
     for source in inputs:
         origin = Path(os.path.realpath(source))
         if target == origin or origin in target.parents or target in origin.parents:
@@ -183,7 +183,7 @@ def _refuse(out: Path, *, force: bool, inputs: Sequence[Path]) -> None:
 
 
 def sync_tree(root: Path) -> None:
-    """fsync every file and directory below `root`, so that the rename cannot outrun the data."""
+    """Sync every file and directory below `root`, so that the data is on the disk before the rename."""
     for folder, _, names in os.walk(root):
         for name in names:
             _sync_file(Path(folder) / name)
@@ -191,19 +191,19 @@ def sync_tree(root: Path) -> None:
 
 
 def sync_directory(folder: Path) -> None:
-    """fsync a directory, which makes a rename in it durable."""
+    """Sync a directory, which makes a rename in it durable."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         sync(handle, folder)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that have no such call for directories
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without fsync for directories
             raise
     finally:
         os.close(handle)
 
 
 def sync(handle: int, path: Path) -> None:
-    """fsync; an OSError of it says that it was the fsync, and of what."""
+    """Sync an open file. Raises OSError that names fsync and the file."""
     try:
         os.fsync(handle)
     except OSError as error:
@@ -212,11 +212,12 @@ def sync(handle: int, path: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(partial: Path, out: Path) -> Iterator[None]:
-    """Make `partial` and hold its lock; what is at its path in the end is removed, if it is still ours."""
+    """Make `partial` and hold its lock; at the end remove the directory at its path, if it is the same one."""
     busy = OutputError(f"{out}: another portllm is writing it; wait for it to finish, or stop it, and try again")
     partial.mkdir(exist_ok=True)
     try:
-        handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # a link could lead us to empty a home
+        # O_NOFOLLOW: a link could lead to another directory, which would be emptied
+        handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError as error:
         raise busy from error
     try:
@@ -248,32 +249,32 @@ def _refusals_of_the_disk(out: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error).__name__ == "SafetensorError" and "os error" in str(error):  # by name: safetensors takes a while
+        if type(error).__name__ == "SafetensorError" and "os error" in str(error):  # by name: importing it takes time
             raise OutputError(f"{out}: could not be written ({error}); see to the disk and try again") from error
         if not isinstance(error, OSError):
             raise
-        where = f" at {error.filename}" if error.filename else ""
-        text = f"{out}: could not be written ({error.strerror or error}{where})"
-        raise OutputError(f"{text}; see to the disk and try again") from error
+        place = f" at {error.filename}" if error.filename else ""
+        problem = f"{out}: could not be written ({error.strerror or error}{place})"
+        raise OutputError(f"{problem}; see to the disk and try again") from error
 
 
 @contextlib.contextmanager
 def _parents(folder: Path) -> Iterator[Sequence[Path]]:
-    """Make `folder`; the folders that were not there, removed again on failure."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    """Make `folder` and yield the folders that were absent; remove these again on failure."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in reversed(made):
+        for path in reversed(absent):
             sync_directory(path.parent)
-        yield made
+        yield absent
     except BaseException:
-        _remove_empty(made)
+        _remove_empty(absent)
         raise
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
     for path in folders:
-        with contextlib.suppress(OSError):  # another run may have put something there
+        with contextlib.suppress(OSError):  # another run may have written into it
             path.rmdir()
 
 
@@ -282,7 +283,7 @@ def _beside(out: Path, kind: str) -> Path:
 
 
 def _recover(out: Path) -> None:
-    """Undo or finish the replacement of an OUT in which an earlier run was killed (see `_replace`)."""
+    """Undo or complete the replacement of OUT that an earlier, killed run began (see `_replace`)."""
     aside = _beside(out, "replaced")
     if aside.is_dir() and not aside.is_symlink():
         if out.exists():
@@ -301,25 +302,25 @@ def _empty(folder: Path) -> None:
 
 
 def _replace(partial: Path, out: Path) -> None:
-    # an existing directory cannot be replaced in one step: move it aside, and back if anything fails
-    aside, there, ours = _beside(out, "replaced"), out.exists(), partial.lstat()
-    if there:
+    # an existing directory cannot be replaced in one step: rename it, and rename it back on failure
+    aside, existed, written = _beside(out, "replaced"), out.exists(), partial.lstat()
+    if existed:
         out.rename(aside)
     try:
         partial.rename(out)
         sync_directory(out.parent)
     except BaseException:
-        if out.exists() and os.path.samestat(out.lstat(), ours):
+        if out.exists() and os.path.samestat(out.lstat(), written):
             _discard(out, out)
-        if there:
+        if existed:
             aside.rename(out)
         raise
-    if there:
+    if existed:
         _discard(aside, out)
 
 
 def _discard(folder: Path, out: Path) -> None:
-    """Delete `folder` under a name that says so: half of it must never be taken for the OUT that was there before."""
+    """Rename `folder` to .NAME.discarded and delete it: no run may use an incomplete directory as the earlier OUT."""
     discarded = _beside(out, "discarded")
     shutil.rmtree(discarded, ignore_errors=True)
     folder.rename(discarded)

@@ -3,7 +3,7 @@
     records.py      patch.json, port.json, release.json, dataset.json
     provenance.py   names without machine paths, package versions, digests
     card.py         model cards
-    serving.py      what vLLM accepts of an adapter
+    serving.py      whether vLLM accepts an adapter
 
 Public names, imported on first use: `DatasetRecord`, `PatchRecord`, `PortRecord`, `ReleaseRecord`, `Source`,
 `patch_card`, `port_card`.

@@ -1,6 +1,6 @@
 """The model cards of patches and ported directories, in the hub's format (YAML front matter, then Markdown).
 
-Whatever came out of a file (names, tasks, licences) is quoted: it can break neither the YAML nor the Markdown.
+All text from files (names, tasks, licences) is quoted: it can break neither the YAML nor the Markdown.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from portllm.checkpoint.record.records import PatchRecord, PortRecord, Source
 from portllm.checkpoint.record.serving import VERSION, serving
 from portllm.errors import CheckpointError
 
-# front matter is read as lines, not as YAML: only a plain word after the key is believed
+# front matter is read as lines, not as YAML: only a plain word after the key is accepted
 PLAIN = re.compile(
     r"""(?P<key>license|license_name|license_link):[ \t]*(?P<q>["']?)(?P<value>[\w./:+-]{1,200})(?P=q)[ \t]*"""
 )
@@ -44,16 +44,16 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card says beyond the record: read from what was written, from the base's card and from patch.json."""
+    """The facts of a card that are not in the record: from the written files, the base's card and patch.json."""
 
-    config: Mapping[str, Any] = field(default_factory=dict)  # of the model written, or of the base
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the written model, or of the base
     adapter: tuple[Mapping[str, Any], Header] | None = None  # its config and its tensors
     license: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path, base: Path, patch: Path) -> Facts:
-        """From the directory being written, the base and the patch. Raises CheckpointError."""
+        """Return the facts from the directory being written, the base and the patch. Raises CheckpointError."""
         adapter, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
         trained = PatchRecord.find(patch)
         return cls(
@@ -77,7 +77,7 @@ def complete(record: PortRecord, folder: Path, base: Path, patch: Path) -> PortR
 
 
 def port_card(record: PortRecord, facts: Facts | None = None) -> str:
-    """README.md of a ported checkpoint or patch: base, lineage, use, what was verified; the same for the same input."""
+    """Return README.md of a ported checkpoint or patch: base, lineage, use and checks; equal for equal inputs."""
     facts = facts or Facts()
     merged = record.output == "merged"
     auto, tag = _task(facts)
@@ -95,7 +95,7 @@ def port_card(record: PortRecord, facts: Facts | None = None) -> str:
 
 
 def patch_card(record: PatchRecord) -> str:
-    """README.md of a patch just trained: its base, its data and how to move it to the next release."""
+    """Return README.md of a newly trained patch: its base, its data and how to port it to the next release."""
     front = {
         "base_model": _base_model(record.base),
         "library_name": "peft",
@@ -123,7 +123,7 @@ def patch_card(record: PatchRecord) -> str:
 
 
 def quoted(text: str) -> str:
-    """`text` as a Markdown code span, on one line and inert, also in a table."""
+    """Return `text` as a Markdown code span on one line, inert also in a table."""
     plain = "".join(c if c.isprintable() else "\ufffd" for c in text[:LONGEST_NAME]) + (
         "…" * (len(text) > LONGEST_NAME)
     )
@@ -137,7 +137,7 @@ def _front(front: Mapping[str, Any]) -> list[str]:
 
 
 def _yaml(value: Any) -> str:
-    """A string or a list of them as YAML, in one line: double-quoted, whatever is not printable escaped."""
+    """Return a string or a list of strings as YAML in one line: double-quoted, unprintable characters escaped."""
     if not isinstance(value, str):
         return "[" + ", ".join(_yaml(item) for item in value) + "]"
     return '"' + "".join(_escaped(character) for character in value) + '"'
@@ -152,11 +152,11 @@ def _escaped(character: str) -> str:
 
 
 def _body(record: PortRecord, facts: Facts, merged: bool) -> list[str]:
-    how = "added to the weights of" if merged else "re-targeted to"
+    operation = "added to the weights of" if merged else "re-targeted to"
     return [
         f"# {quoted(record.patch.name)} on {quoted(record.base.name)}",
         "",
-        f"A LoRA patch{_for(record.task)}, {how} a release of its base model without training, by portllm "
+        f"A LoRA patch{_for(record.task)}, {operation} a release of its base model without training, by portllm "
         f"(method {quoted(record.method)}, scale {record.scale:g}; PortLLM, arXiv:2410.10870).",
         "",
         "## Lineage",
@@ -222,58 +222,58 @@ def _use_adapter(record: PortRecord, auto: str, facts: Facts) -> list[str]:
 
 
 def _vllm(config: Mapping[str, Any], header: Header) -> list[str]:
-    """Whether vLLM takes it, as far as its sources say."""
-    found = serving(config, header)
+    """Return the lines about serving the adapter with vLLM, according to vLLM's source code."""
+    support = serving(config, header)
     lines = ["", "## In vLLM", ""]
-    if found.obstacles:
+    if support.obstacles:
         return [
             *lines,
-            f"Not as it is (vLLM {VERSION}, by its sources; not run): {'; '.join(found.obstacles)}. Port it merged "
+            f"Not as it is (vLLM {VERSION}, by its sources; not run): {'; '.join(support.obstacles)}. Port it merged "
             "(`--as merged`) and serve that.",
         ]
-    rank = f" --max-lora-rank {found.max_lora_rank}" if found.max_lora_rank else ""
+    rank = f" --max-lora-rank {support.max_lora_rank}" if support.max_lora_rank else ""
     lines += [
         f"Within what vLLM {VERSION} takes, by its sources (not run):",
         "",
         f"    vllm serve BASE --enable-lora{rank} --lora-modules NAME=THIS_DIRECTORY",
     ]
-    if found.depends:
-        lines += ["", f"Whether it takes {' and '.join(found.depends)} depends on its class of this model."]
+    if support.depends:
+        lines += ["", f"Whether it takes {' and '.join(support.depends)} depends on its class of this model."]
     return lines
 
 
 def _task(facts: Facts) -> tuple[str, str | None]:
-    """(transformers' auto class, the hub's pipeline tag or None where it is not known)."""
+    """Return (transformers' auto class, the hub's pipeline tag or None where the table has none)."""
     kinds = [str(facts.adapter[0].get("task_type"))] if facts.adapter is not None else []
     architectures = facts.config.get("architectures")
     kinds += [str(name) for name in architectures] if isinstance(architectures, list) else []
     for kind in kinds:
-        for end, known in TASKS.items():
-            if kind.endswith(end):
-                return known
+        for suffix, task in TASKS.items():
+            if kind.endswith(suffix):
+                return task
     if facts.config.get("is_encoder_decoder") is True:
         return "AutoModelForSeq2SeqLM", None
     return "AutoModel", None
 
 
 def _license(card: Path) -> dict[str, str]:
-    """The licence in the front matter of the base's card, where it is a plain word."""
+    """Return the licence fields in the front matter of the base's card, where they are plain words."""
     try:
         with open_input(card) as file:
             lines = file.read(FRONT_BYTES).decode("utf-8", "replace").splitlines()
     except (OSError, CheckpointError):
         return {}
-    if not lines or lines[0].rstrip() != "---" or "---" not in (closed := [line.rstrip() for line in lines[1:]]):
+    if not lines or lines[0].rstrip() != "---" or "---" not in (rest := [line.rstrip() for line in lines[1:]]):
         return {}
-    matches = (PLAIN.fullmatch(line) for line in closed[: closed.index("---")])
-    found = {match["key"]: match["value"] for match in matches if match}
-    if "license" not in found:
+    matches = (PLAIN.fullmatch(line) for line in rest[: rest.index("---")])
+    fields = {match["key"]: match["value"] for match in matches if match}
+    if "license" not in fields:
         return {}
-    return {key: value for key, value in sorted(found.items()) if key == "license" or found["license"] == "other"}
+    return {key: value for key, value in sorted(fields.items()) if key == "license" or fields["license"] == "other"}
 
 
 def _base_model(base: Source) -> list[str]:
-    # a revision is known of the hub's own only: a local directory's name would point to somebody else's model
+    # only a checkpoint of the hub has a revision: a local directory's name could be another owner's model
     return [base.name] if base.revision and is_hub_name(base.name) else []
 
 

@@ -1,4 +1,4 @@
-"""What a record contains about its origin: package versions, digests, names without machine paths."""
+"""The origin that a record contains: package versions, digests, names without machine paths."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ _HUB_NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
 _LONGEST = 96
 
 
-# the packages whose arithmetic a port's bytes come from
+# the packages whose arithmetic determines the bytes of a port
 COMPUTING = ("numpy", "torch")
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return the installed versions of portllm and `packages`, without a build's label.
+    """Return the installed versions of portllm and `packages`, without the label of a build.
 
-    torch is 2.13.0 from one package index and 2.13.0+cpu from another: records name the version of both.
+    torch is 2.13.0 from one package index and 2.13.0+cpu from another: records contain 2.13.0 for both.
     """
     return {name: importlib.metadata.version(name).partition("+")[0] for name in ("portllm", *packages)}
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether the hub would take `name` as OWNER/NAME, or NAME alone."""
+    """Return whether the hub would accept `name` as OWNER/NAME, or NAME alone."""
     plain = len(name) <= _LONGEST and "--" not in name and ".." not in name and not name.endswith(".git")
     return plain and _HUB_NAME.fullmatch(name) is not None
 
 
 def public_name(path: Path) -> str:
-    """How a record names `path`: hub id for a hub cache, as given when relative, else its last component.
+    """Return the name of `path` in a record: hub id for a hub cache, as given when relative, else its last component.
 
-    What is not UTF-8 in it becomes U+FFFD: a record could not hold it.
+    Bytes that are not UTF-8 become U+FFFD, since a record cannot contain them.
     """
     path = Path(os.fsencode(path).decode("utf-8", "replace"))
     if path.parent.name == SNAPSHOTS and path.parent.parent.name.startswith("models--"):
@@ -49,15 +49,15 @@ def public_name(path: Path) -> str:
 
 
 def revision(path: Path) -> str | None:
-    """The pinned revision, where `path` is a snapshot in a hub cache."""
+    """Return the pinned revision where `path` is a snapshot in a hub cache, otherwise None."""
     return path.name if path.parent.name == SNAPSHOTS else None
 
 
 def configs(base: Path, patch: Path, algorithm: Algorithm = "blake3") -> dict[str, str]:
-    """Digests of what a port depends on beside tensors: the base's config.json and the patch's adapter_config.json."""
+    """Return the digests of a port's other inputs: the base's config.json and the patch's adapter_config.json."""
     return {path.name: file_digest(path, algorithm) for path in (base / "config.json", patch / "adapter_config.json")}
 
 
 def digests(paths: Iterable[Path]) -> dict[str, str]:
-    """sha256 of each file, by its name under its folder: `world_boolq/train.parquet`."""
+    """Return the sha256 of each file, by folder and name: `world_boolq/train.parquet`."""
     return {f"{path.parent.name}/{path.name}": file_digest(path) for path in paths}

@@ -1,7 +1,7 @@
 """The record files that make a directory complete: patch.json, port.json, release.json, dataset.json.
 
-A directory with its record is whole, one without it is not. Records hold no absolute path, no host
-name and no clock: the same inputs give byte-identical records.
+A directory with its record is complete, one without it is not. Records contain no absolute path, no host name and no
+time: the same inputs give byte-identical records.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from portllm.checkpoint.files.hashing import Algorithm
 from portllm.checkpoint.files.reading import read_json_object
 from portllm.errors import CheckpointError
 
-SCHEMA_VERSION = 1  # of every record but port.json, whose second version has BLAKE3 where the first has SHA-256
-# what earlier versions recorded and this one does not: the commit is in MLflow
+SCHEMA_VERSION = 1  # of all records but port.json, whose version 2 has BLAKE3 where version 1 has SHA-256
+# fields of earlier versions, accepted and ignored: the commit is in MLflow
 RETIRED = frozenset({"git_commit"})
 Kind = TypeVar("Kind", bound="Record")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a checkpoint or patch came from: its name, its revision if any, and what its tensors hash to."""
+    """The origin of a checkpoint or patch: its name, its revision if any, and the fingerprint of its tensors."""
 
     name: str
     fingerprint: str | None
@@ -38,7 +38,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A record file: written as sorted, indented JSON; read back strictly."""
+    """A record file: indented JSON in field order; reading refuses unknown fields and wrong types."""
 
     FILE: ClassVar[str] = ""
     VERSIONS: ClassVar[tuple[int, ...]] = (SCHEMA_VERSION,)
@@ -50,7 +50,7 @@ class Record:
 
     @classmethod
     def read(cls: type[Kind], folder: Path) -> Kind:
-        """The record in `folder`. Raises CheckpointError when it is absent or not of this kind."""
+        """Return the record in `folder`. Raises CheckpointError when it is absent or not of this kind."""
         path = folder / cls.FILE
         if not os.path.lexists(path):
             raise CheckpointError(f"{folder}: has no {cls.FILE}, so it is not complete; make it again")
@@ -58,8 +58,8 @@ class Record:
 
     @classmethod
     def find(cls: type[Kind], folder: Path) -> Kind | None:
-        """The record in `folder`, None where there is none. Raises CheckpointError for what is no record."""
-        # a link to nothing, say, is not the same as none
+        """Return the record in `folder`, or None where it is absent. Raises CheckpointError for an invalid record."""
+        # a link to nothing, for example, is an invalid record, not an absent one
         return cls.read(folder) if os.path.lexists(folder / cls.FILE) else None
 
     @classmethod
@@ -81,7 +81,7 @@ class Record:
 
 
 def _source(tree: Any) -> Source | None:
-    """A source as it stands in a record. Raises TypeError."""
+    """Return a source from its JSON value in a record. Raises TypeError."""
     if tree is None:
         return None
     if not isinstance(tree, dict):
@@ -94,7 +94,7 @@ def _source(tree: Any) -> Source | None:
 
 
 def _is(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON is of the type a field declares."""
+    """Return whether a value read from JSON is of the type that a field declares."""
     args = typing.get_args(hint)
     if typing.get_origin(hint) is types.UnionType:
         return any(_is(value, arg) for arg in args)
@@ -107,7 +107,7 @@ def _is(value: Any, hint: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchRecord(Record):
-    """patch.json: what a patch was trained on, from what, and how."""
+    """patch.json: the base, the data and the parameters that a patch was trained with."""
 
     FILE: ClassVar[str] = "patch.json"
     task: str
@@ -121,9 +121,9 @@ class PatchRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class PortRecord(Record):
-    """port.json: which patch was put onto which base, how, and every file written.
+    """port.json: the patch, the base, the parameters of the port, and every file written.
 
-    `files` holds the digest of every file written, `configs` those of the base's config.json and the patch's
+    `files` contains the digest of every file written, `configs` those of the base's config.json and the patch's
     adapter_config.json, which no fingerprint covers: BLAKE3, or SHA-256 in schema version 1.
     """
 
@@ -147,7 +147,7 @@ class PortRecord(Record):
     def completed(
         self, *, base_fingerprint: str, fingerprint: str, files: Mapping[str, str], tensors: Mapping[str, int]
     ) -> PortRecord:
-        """Return the record with what is known once everything is written; `files` sorted by name."""
+        """Return the record with the facts that are available after writing; `files` sorted by name."""
         return dataclasses.replace(
             self,
             base=dataclasses.replace(self.base, fingerprint=base_fingerprint),
@@ -158,21 +158,21 @@ class PortRecord(Record):
 
     @property
     def algorithm(self) -> Algorithm:
-        """Return which digest `files` and `configs` hold."""
+        """The algorithm of the digests in `files` and `configs`."""
         return "sha256" if self.schema_version == 1 else "blake3"
 
     @property
     def algorithm_name(self) -> str:
-        """Return the same for people."""
+        """The name of `algorithm`, for people."""
         return "SHA-256" if self.schema_version == 1 else "BLAKE3"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseRecord(Record):
-    """release.json: how a release was made, and what it knows before any patch is (the base probe).
+    """release.json: how a release was made, and its score before any patch (the base probe).
 
-    `base` is the release before, which a new one was trained from; `source` where a real release was taken from, and
-    `changes` what it has changed against `base`.
+    `base` is the earlier release that a new one was trained from; `source` is the origin of a real release, and
+    `changes` contains its differences from `base`.
     """
 
     FILE: ClassVar[str] = "release.json"
@@ -189,10 +189,10 @@ class ReleaseRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetRecord(Record):
-    """dataset.json: what `prepare` wrote, from what, and what it decided.
+    """dataset.json: the splits that `prepare` wrote, their source, and its decisions.
 
-    `digests` and `rows` are of each split written; `source` is `world`, `local` or a dataset of the hub at `revision`;
-    `files` holds the sha256 of each file read; `decisions` counts what was changed, left out or found.
+    `digests` and `rows` are by split; `source` is `world`, `local` or a dataset of the hub at `revision`. `files`
+    contains the sha256 of each file read; `decisions` counts what was changed, left out or detected.
     """
 
     FILE: ClassVar[str] = "dataset.json"
@@ -206,5 +206,5 @@ class DatasetRecord(Record):
 
 
 def dumps(tree: Any) -> str:
-    """JSON as every file of ours is written: indented, in field order, with a closing newline."""
+    """Return JSON in the form of all files of portllm: indented, in field order, with a newline at the end."""
     return json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,7 +1,7 @@
-"""Whether vLLM takes an adapter as it is, told from its config and the names and ranks of its tensors.
+"""Whether vLLM accepts an adapter unchanged, determined from its config and the names and ranks of its tensors.
 
 As of vLLM 0.27: ranks from vllm/config/lora.py (`MaxLoRARanks`), the config keys that it reads from
-vllm/lora/peft_helper.py, the tensor names from vllm/lora/utils.py. Nothing is run here.
+vllm/lora/peft_helper.py, the tensor names from vllm/lora/utils.py. vLLM is not run here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VOCABULARY = re.compile(r".+\.(embed_tokens|lm_head|wte|embed_in|embed_out)\..+"
 
 @dataclass(frozen=True)
 class Serving:
-    """What stands in vLLM's way, what it must be told, and what depends on its class of the model."""
+    """The obstacles for vLLM, the rank to configure, and the features that depend on its class of the model."""
 
     obstacles: tuple[str, ...]
     max_lora_rank: int | None
@@ -31,9 +31,9 @@ class Serving:
 
 
 def serving(config: Mapping[str, Any], header: Header) -> Serving:
-    """How vLLM meets the adapter with this `config` and these tensors; `max_lora_rank` is None up to its default."""
+    """Return vLLM's support for the adapter of `config` and `header`; `max_lora_rank` is None up to vLLM's default."""
     rank = max((e.shape[0] for name, e in header.tensors.items() if RANK.fullmatch(name) and e.shape), default=0)
-    needed = next((one for one in RANKS if one >= rank), None)
+    needed = next((supported for supported in RANKS if supported >= rank), None)
     depends = []
     if any(VOCABULARY.fullmatch(name) for name in header.tensors):
         depends.append("LoRA on the vocabulary (embedding or head)")
@@ -43,13 +43,13 @@ def serving(config: Mapping[str, Any], header: Header) -> Serving:
 
 
 def _obstacles(config: Mapping[str, Any], header: Header, rank: int) -> Iterator[str]:
-    others = {name for name in header.tensors if not FACTOR.fullmatch(name)}
-    magnitudes = {name for name in others if "lora_magnitude_vector" in name}
+    non_factors = {name for name in header.tensors if not FACTOR.fullmatch(name)}
+    magnitudes = {name for name in non_factors if "lora_magnitude_vector" in name}
     if config.get("use_dora") or magnitudes:
         yield "it does not take DoRA"
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         yield "it does not take trained biases"
-    elif config.get("modules_to_save") or config.get("trainable_token_indices") or others - magnitudes:
+    elif config.get("modules_to_save") or config.get("trainable_token_indices") or non_factors - magnitudes:
         yield "it takes no tensors beside the factors (modules_to_save, trained tokens)"
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         yield "it reads one rank and one alpha for all modules and would scale wrongly (rank_pattern, alpha_pattern)"

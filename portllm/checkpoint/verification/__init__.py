@@ -1,4 +1,4 @@
-"""A ported directory, proven.
+"""Proof of a ported directory.
 
     manifest.py       against its own port.json: every file and digest
     counterparts.py   configs and other files against base and patch

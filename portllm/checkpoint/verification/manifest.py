@@ -1,6 +1,6 @@
 """A ported directory against its own port.json: every file with its digest, no other weights, the same fingerprint.
 
-Nothing port.json says is trusted before it is checked: it may have been edited, or written by someone else.
+No value of port.json is trusted before it is checked: the file may be edited, or come from another author.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from portllm.errors import CheckpointError, UnsafeFileError, VerificationError
 HEX = re.compile(r"[0-9a-f]{64}")
 PIECE_BYTES = 1 << 20
 OUTPUTS = ("merged", "adapter")
-# other files that decide how the directory loads: adding one changes the model as much as a changed weight
+# other files that determine how the directory loads: an added one can change the model as a changed weight does
 LOADED = TOKENIZER | {
     "config.json", "adapter_config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
 }  # fmt: skip
@@ -32,7 +32,7 @@ LOADED = TOKENIZER | {
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """A ported directory: its record, and where each file that it names is."""
+    """A ported directory: its record, and the path of each file that the record names."""
 
     folder: Path
     record: PortRecord
@@ -40,7 +40,7 @@ class Manifest:
 
     @classmethod
     def open(cls, folder: Path) -> Manifest:
-        """Read port.json and find every file it names. Raises CheckpointError, UnsafeFileError, VerificationError."""
+        """Read port.json and resolve each file in it. Raises CheckpointError, UnsafeFileError, VerificationError."""
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: expected a ported directory, found {kind_of(folder)}; check the path")
         record = PortRecord.read(folder)
@@ -50,17 +50,17 @@ class Manifest:
 
     @property
     def nbytes(self) -> int:
-        """The size of all files that port.json names."""
+        """The total size in bytes of all files that port.json names."""
         return sum(path.stat().st_size for path in self.files.values())
 
     def headers(self) -> list[Header]:
-        """Return the safetensors headers, which must agree with their files and the index. Raises CheckpointError."""
+        """Return the safetensors headers, checked against their files and the index. Raises CheckpointError."""
         if self.record.output == "merged":
             return list(Checkpoint.open(self.folder).shards)
         return read_headers(self.folder)
 
     def check_names(self) -> None:
-        """Raise VerificationError for a file that would be loaded and is not in port.json."""
+        """Raise VerificationError for a file that a loader would read and that is not in port.json."""
         for name in _present(self.folder):
             if name not in self.files and name != PortRecord.FILE and _is_loaded(name):
                 raise VerificationError(
@@ -69,32 +69,32 @@ class Manifest:
                 )
 
     def check_digests(self, meter: ByteMeter) -> None:
-        """Read every file. Raises VerificationError for the first whose digest is not port.json's."""
+        """Read every file. Raises VerificationError for the first digest that differs from port.json."""
         algorithm = self.record.algorithm
         for name, path in self.files.items():
-            found, expected = _digest(path, algorithm, meter), self.record.files[name]
-            if found != expected:
+            actual, expected = _digest(path, algorithm, meter), self.record.files[name]
+            if actual != expected:
                 raise VerificationError(
-                    f"{self.folder / name}: has {self.record.algorithm_name} {found[:12]}, {PortRecord.FILE} says "
+                    f"{self.folder / name}: has {self.record.algorithm_name} {actual[:12]}, {PortRecord.FILE} has "
                     f"{expected[:12]}; it was changed or damaged after the port, port again"
                 )
 
     def check_fingerprint(self, meter: ByteMeter) -> None:
-        """Read every tensor, whatever is cached. Raises VerificationError when the fingerprint is not port.json's."""
+        """Read every tensor, without cache. Raises VerificationError when the fingerprint differs from port.json."""
         tensors = {}
         for header in self.headers():
             tensors.update(hashing.digests([header], fresh=True))
             meter.add(header.size)
-        found, expected = hashing.combine(tensors), self.record.fingerprint
-        if found != expected:
+        actual, expected = hashing.combine(tensors), self.record.fingerprint
+        if actual != expected:
             raise VerificationError(
-                f"{self.folder}: has fingerprint {found[:12]}, {PortRecord.FILE} says {(expected or 'none')[:12]}; "
+                f"{self.folder}: has fingerprint {actual[:12]}, {PortRecord.FILE} has {(expected or 'none')[:12]}; "
                 "port again"
             )
 
 
 def _malformed(record: PortRecord) -> str | None:
-    """Return what is wrong with a record whose fields have the right types, for people."""
+    """Return the first rule that a record with fields of the right types breaks, for people; None without one."""
     sources = (record.base, record.patch, *([record.trained_on] if record.trained_on is not None else []))
     checks = {
         f"output must be one of {', '.join(OUTPUTS)}": record.output in OUTPUTS,
@@ -104,17 +104,17 @@ def _malformed(record: PortRecord) -> str | None:
             HEX.fullmatch(digest) for digest in (*record.files.values(), *record.configs.values())
         ),
         "every fingerprint must be 64 hex digits": all(
-            HEX.fullmatch(mark) for mark in (record.fingerprint or "", *(s.fingerprint or "0" * 64 for s in sources))
+            HEX.fullmatch(value) for value in (record.fingerprint or "", *(s.fingerprint or "0" * 64 for s in sources))
         ),
     }
-    return next((words for words, holds in checks.items() if not holds), None)
+    return next((rule for rule, is_met in checks.items() if not is_met), None)
 
 
 def _inside(folder: Path, name: str) -> Path:
     """Return the file `name` below `folder`. Raises UnsafeFileError where the name or a link leads out of it."""
     parts = PurePosixPath(name).parts
-    plain = "\0" not in name and "\\" not in name and parts and "/".join(parts) == name
-    if not plain or name.startswith("/") or ".." in parts or name == PortRecord.FILE:
+    is_plain = "\0" not in name and "\\" not in name and parts and "/".join(parts) == name
+    if not is_plain or name.startswith("/") or ".." in parts or name == PortRecord.FILE:
         raise UnsafeFileError(
             f"{folder / PortRecord.FILE}: names the file {name[:200]!r}, expected a plain name in the directory; "
             "do not trust it, port again"

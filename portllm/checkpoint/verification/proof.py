@@ -1,7 +1,7 @@
-"""A ported directory against its base and patch: what did not change is the base's, and what did is computed again.
+"""A ported directory against its base and patch: unchanged bytes are compared, changed tensors are computed again.
 
-The second computation shares no code with the streaming writer: a whole tensor in float64 by the edit's own formula
-(`Edit.exact`), rounded once. So a port is proven by arithmetic, not by running it twice.
+The second computation shares no code with the streaming writer: it computes a complete tensor in float64 by the edit's
+own formula (`Edit.exact`), and rounds once. So arithmetic proves a port, not a second run of the same code.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     import torch
 
 PIECE_BYTES = 1 << 20
-# old and new in float64, an update, and what they are made of
+# old and new in float64, an update, and their inputs
 BYTES_PER_ELEMENT = 40
-# two orders of summing in float64 may fall on the two sides of a rounding boundary: then either neighbour is right
+# two orders of summation in float64 can be on two sides of a rounding boundary: then both neighbours are right
 FLOAT64_DOUBT = 2.0**-48
 
 
 @dataclass(frozen=True)
 class TensorSample:
-    """Which changed tensors to compute again: `count` of them by `seed`, the largest always, or all of them."""
+    """The changed tensors to compute again: the largest and others chosen by `seed`, `count` in all, or every one."""
 
     count: int = 8
     everything: bool = False
@@ -43,15 +43,15 @@ class TensorSample:
         if self.everything or self.count >= len(sizes):
             return sorted(sizes)
         largest = min(sizes, key=lambda name: (-sizes[name], name))
-        others = sorted(sizes.keys() - {largest})
-        return sorted([largest, *random.Random(self.seed).sample(others, self.count - 1)])  # noqa: S311 - no secret
+        rest = sorted(sizes.keys() - {largest})
+        return sorted([largest, *random.Random(self.seed).sample(rest, self.count - 1)])  # noqa: S311 - no secret
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was proven: tensors found identical to the base's (or patch's), and those computed again, by name.
+    """The result of a proof: the count of tensors identical to the base's (or patch's), the names of those recomputed.
 
-    `too_large` names the changed tensors that this machine's memory cannot hold in float64; they were left out.
+    `too_large` names the changed tensors that do not fit into this machine's memory in float64; they were left out.
     """
 
     identical: int
@@ -62,10 +62,10 @@ class Proof:
 
 @dataclass(frozen=True)
 class ExpectedTensors:
-    """Written tensors next to those that the port would write again; raises VerificationError at the first difference.
+    """Written tensors and those that the port would write; a check raises VerificationError at the first difference.
 
-    `written` and `expected` go by tensor name; an expected tensor has the name of the file it belongs to. `whose` names
-    the owner of the untouched tensors, for people.
+    `written` and `expected` are by tensor name; an expected tensor has the name of its file. `whose` names the owner of
+    the unchanged tensors, for people.
     """
 
     folder: Path
@@ -75,7 +75,7 @@ class ExpectedTensors:
 
     @classmethod
     def of(cls, written: Sequence[Header], files: Sequence[TargetFile], folder: Path, whose: str) -> ExpectedTensors:
-        """From the headers in `folder` and the files a port would write."""
+        """Return the tensors from the headers in `folder` and from the files that a port would write."""
         entries = {name: entry for header in written for name, entry in header.tensors.items()}
         expected = {target.entry.name: (file.path.name, target) for file in files for target in file.targets}
         return cls(folder, entries, dict(sorted(expected.items())), whose)
@@ -86,27 +86,27 @@ class ExpectedTensors:
         return {name: math.prod(target.entry.shape) for name, target in edited.items()}
 
     def nbytes(self, chosen: Sequence[str]) -> int:
-        """Return the number of bytes that `prove` counts."""
+        """Return the number of bytes that `prove` adds to its meter."""
         return sum(t.entry.nbytes for name, (_, t) in self.expected.items() if t.edit is None or name in chosen)
 
     def prove(self, chosen: Sequence[str], meter: ByteMeter) -> Proof:
-        """Compare what is not edited byte for byte, and compute the `chosen` tensors again; headers were checked."""
-        same = [(name, t.origin) for name, (_, t) in self.expected.items() if t.edit is None and t.origin is not None]
-        for name, origin in same:
+        """Compare unedited tensors byte for byte, and compute the `chosen` ones again; call `check_headers` before."""
+        copies = [(name, t.origin) for name, (_, t) in self.expected.items() if t.edit is None and t.origin is not None]
+        for name, origin in copies:
             if not same_bytes(self.written[name], origin, meter):
                 raise self._wrong(name, f"expected the {self.whose}'s own bytes ({origin.name}), found others")
         for name in chosen:
             self._recompute(name, self.expected[name][1])
             meter.add(self.written[name].nbytes)
-        return Proof(len(same), tuple(chosen), len(self.recomputable()))
+        return Proof(len(copies), tuple(chosen), len(self.recomputable()))
 
     def check_headers(self) -> None:
-        """Prove that the tensors are the expected ones, each in its file and of its dtype and shape, and no others."""
-        wanted = {name: _kind(t.entry, file) for name, (file, t) in self.expected.items()}
-        found = {name: _kind(entry, entry.path.name) for name, entry in self.written.items()}
-        for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) != found.get(name):
-                raise self._wrong(name, f"expected {wanted.get(name, 'none')}, found {found.get(name, 'none')}")
+        """Prove that the tensors are exactly the expected ones, each of its dtype and shape and in its file."""
+        expected = {name: _kind(t.entry, file) for name, (file, t) in self.expected.items()}
+        written = {name: _kind(entry, entry.path.name) for name, entry in self.written.items()}
+        for name in sorted(expected.keys() | written.keys()):
+            if expected.get(name) != written.get(name):
+                raise self._wrong(name, f"expected {expected.get(name, 'none')}, found {written.get(name, 'none')}")
 
     def _recompute(self, name: str, target: Target) -> None:
         from portllm.algebra.lora import round_once
@@ -120,9 +120,9 @@ class ExpectedTensors:
             raise self._wrong(name, f"seen as rows, expected {tuple(exact.shape)}, found {tuple(new.shape)}")
         at = first_difference(new, exact, old)
         if at is not None:
-            found, expected = new.reshape(-1)[at], round_once(exact.reshape(-1)[at : at + 1], new.dtype)[0]
-            where = _index(at, target.entry.shape)
-            raise self._wrong(name, f"element {where} is {float(found):.9g}, expected {float(expected):.9g}")
+            actual, expected = new.reshape(-1)[at], round_once(exact.reshape(-1)[at : at + 1], new.dtype)[0]
+            index = _index(at, target.entry.shape)
+            raise self._wrong(name, f"element {index} is {float(actual):.9g}, expected {float(expected):.9g}")
 
     def _wrong(self, name: str, what: str) -> VerificationError:
         path = self.written[name].path if name in self.written else self.folder
@@ -132,8 +132,8 @@ class ExpectedTensors:
 def first_difference(new: torch.Tensor, exact: torch.Tensor, old: torch.Tensor | None) -> int | None:
     """Return the flat index of the first element of `new` that is not `exact` (float64) rounded once, or None.
 
-    All three are of one shape, or there is no `old`. Compared bit by bit. Where bits differ, an element still passes
-    when the exact value lies so near a rounding boundary that float64 itself cannot tell the side.
+    All three have one shape, or `old` is None. Elements are compared bit by bit. Where bits differ, an element still
+    passes when the exact value is so close to a rounding boundary that float64 cannot decide the side.
     """
     import torch
 
@@ -141,16 +141,16 @@ def first_difference(new: torch.Tensor, exact: torch.Tensor, old: torch.Tensor |
 
     expected = round_once(exact.contiguous(), new.dtype)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[new.element_size()]
-    wrong = (new.contiguous().view(bits) != expected.view(bits)) | ~new.isfinite()
-    unsure = wrong.reshape(-1).nonzero().reshape(-1)
+    differs = (new.contiguous().view(bits) != expected.view(bits)) | ~new.isfinite()
+    unsure = differs.reshape(-1).nonzero().reshape(-1)
     if len(unsure) == 0:
         return None
-    value, found = exact.reshape(-1)[unsure], new.reshape(-1)[unsure]
+    value, written = exact.reshape(-1)[unsure], new.reshape(-1)[unsure]
     old = torch.zeros_like(exact) if old is None else old
     before, step = old.reshape(-1)[unsure], float((exact - old).abs().max())
     doubt = FLOAT64_DOUBT * (value.abs() + before.abs() + step)
     low, high = round_once(value - doubt, new.dtype), round_once(value + doubt, new.dtype)
-    fails = ~((found >= low) & (found <= high))
+    fails = ~((written >= low) & (written <= high))
     return int(unsure[fails][0]) if bool(fails.any()) else None
 
 
@@ -171,7 +171,7 @@ def same_bytes(left: TensorEntry, right: TensorEntry, meter: ByteMeter) -> bool:
 
 
 def _rows_of(entry: TensorEntry) -> torch.Tensor:
-    """Return a tensor as an edit sees it: (rows, columns), leading axes flattened, a vector as one row."""
+    """Return a tensor in the view of an edit: (rows, columns), leading axes flattened, a vector as one row."""
     tensor = entry.read()
     return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.reshape(-1, tensor.shape[-1])
 

@@ -1,7 +1,7 @@
-"""Writing a ported checkpoint: every file streamed once, changed tensors in row blocks, the rest copied as bytes.
+"""The writer of a ported checkpoint: it streams every file once, changed tensors in row blocks, the rest as bytes.
 
-Memory stays at a few buffers per file under way, whatever the model's size. Digests are taken from the bytes as they
-pass.
+Memory is a few buffers for each file being written, independent of the model's size. Digests are computed from the
+streamed bytes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from portllm.checkpoint.writing.segments import Sources, TensorSegment, cut, lar
 from portllm.checkpoint.writing.stream import Output, Stream
 from portllm.checkpoint.writing.targets import Target, TargetFile, laid_out
 
-AHEAD = 2  # buffers of one file that are filled at a time
-SLOTS = 5  # buffers of one file: those, and others being hashed and written
-FILES = 4  # under way at once, at most: their buffers are what memory goes to
+AHEAD = 2  # buffers of one file that are filled at the same time
+SLOTS = 5  # buffers of one file: being filled, hashed and written
+FILES = 4  # most files written at the same time: their buffers determine the memory
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all files of one port share: cached digests of base tensors, and the meter."""
+    """The state shared by all files of one port: cached digests of base tensors, and the meter."""
 
     known: Mapping[TensorEntry, str]
     meter: ByteMeter
@@ -37,10 +37,10 @@ class Job:
 
 @dataclass
 class Written:
-    """One written file: its BLAKE3, the digests of its tensors before and after, and what it was made from.
+    """One written file: its BLAKE3, the digests of its tensors before and after, and its sources.
 
-    `before` is keyed by the base's entries, of the tensors that were read; `after` by the entries written; `sources`
-    holds the identity of each file read.
+    `before` is by the base's entries of the tensors that were read; `after` is by the entries written; `sources`
+    contains the identity of each file read.
     """
 
     digest: str = ""
@@ -50,33 +50,33 @@ class Written:
 
 
 def write_files(files: Sequence[TargetFile], job: Job) -> dict[Path, Written]:
-    """Write every file, synced to the disk; files in parallel, and the tensors of one.
+    """Write every file, synced to the disk; files and the tensors of a file are computed in parallel.
 
     Base tensors in `job.known` are not hashed again. The bytes do not depend on the number of threads. Raises
-    PatchError for non-finite values, CheckpointError when an input changes under us, OSError.
+    PatchError for non-finite values, CheckpointError when an input changes during the write, OSError.
     """
     cores = len(os.sched_getaffinity(0))
-    at_once = max(1, min(len(files), cores, FILES))
-    with _Libraries() as libraries, ThreadPoolExecutor(cores) as workers, ThreadPoolExecutor(at_once) as pool:
+    concurrency = max(1, min(len(files), cores, FILES))
+    with _Libraries() as libraries, ThreadPoolExecutor(cores) as workers, ThreadPoolExecutor(concurrency) as pool:
         futures = {file.path: pool.submit(_write_file, file, job, workers, libraries) for file in files}
         try:
             for future in futures.values():
                 with contextlib.suppress(Cancelled):
                     future.result()
         except BaseException:
-            job.meter.cancelled.set()  # Ctrl-C, too, stops the files at their next segment
+            job.meter.cancelled.set()  # also on Ctrl-C: all files stop at their next segment
             raise
     return {path: future.result() for path, future in futures.items()}
 
 
 def write_subset(header: Header, names: Container[str], target: Path, meter: ByteMeter) -> str:
-    """Write the tensors `names` of a file as a safetensors file of its own, and return its BLAKE3."""
-    kept = [Target(entry, entry) for entry in header.tensors.values() if entry.name in names]
-    if len(kept) == len(header.tensors):
+    """Write the tensors `names` of a file to the safetensors file `target`, and return its BLAKE3."""
+    targets = [Target(entry, entry) for entry in header.tensors.values() if entry.name in names]
+    if len(targets) == len(header.tensors):
         return copy_and_hash(header.path, target, meter)
     before = meter.done
-    written = write_files([laid_out(kept, header.metadata, target)], Job({}, meter))
-    meter.add(header.size - (meter.done - before))  # what is left out counts as done
+    written = write_files([laid_out(targets, header.metadata, target)], Job({}, meter))
+    meter.add(header.size - (meter.done - before))  # the omitted tensors count as done
     return written[target].digest
 
 
@@ -91,7 +91,7 @@ def _write_file(file: TargetFile, job: Job, workers: Executor, libraries: _Libra
             stream = stack.enter_context(Stream(output, workers, capacity=capacity, slots=SLOTS, ahead=AHEAD))
             for group in packed(cut(file, sources, job.known, libraries.torch), capacity):
                 stream.put(group)
-                digests += [one.digests for one in group if isinstance(one, TensorSegment) and one.offset == 0]
+                digests += [s.digests for s in group if isinstance(s, TensorSegment) and s.offset == 0]
                 job.meter.add(sum(segment.nbytes for segment in group))
             written.digest = stream.finish()
             sources.check()
@@ -108,13 +108,13 @@ def _write_file(file: TargetFile, job: Job, workers: Executor, libraries: _Libra
 
 
 class _Libraries:
-    """One thread for each of numpy's and torch's products while inside: ours, one per core, beat their own."""
+    """Limits numpy's and torch's products to one thread each: one writer thread per core is faster than theirs."""
 
     def __init__(self) -> None:
         self._stack, self._lock, self._torch = contextlib.ExitStack(), threading.Lock(), False
 
     def __enter__(self) -> _Libraries:
-        import numpy  # noqa: F401  (loaded, so that its products can be limited)
+        import numpy  # noqa: F401  (threadpoolctl limits only loaded libraries)
         from threadpoolctl import threadpool_limits
 
         self._stack.enter_context(threadpool_limits(1, user_api="blas"))
@@ -124,7 +124,7 @@ class _Libraries:
         self._stack.close()
 
     def torch(self) -> None:
-        """Limit torch, too, which is imported only where an edit needs it."""
+        """Limit torch as well; it is imported only where an edit needs it."""
         with self._lock:
             if not self._torch:
                 self._stack.enter_context(_torch_for_blocks())
@@ -133,7 +133,7 @@ class _Libraries:
 
 @contextlib.contextmanager
 def _torch_for_blocks() -> Iterator[None]:
-    """Set one torch thread (ours, one per shard, beat torch's own on small blocks) and true fp32 products; restored."""
+    """Set one torch thread (one writer thread per core is faster on small blocks) and true fp32 products; restore."""
     import torch
 
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()

@@ -101,5 +101,5 @@ def test_a_module_with_lora_has_no_trained_rows() -> None:
     parts = ("lora_A.weight", "lora_B.weight", "token_adapter.trainable_tokens_delta")
     shapes = {f"base_model.model.lm_head.{part}": PARTS[part] for part in parts}
     config = {"r": 2, "lora_alpha": 4, "target_modules": ["lm_head"], "trainable_token_indices": {"lm_head": [0, 1]}}
-    with pytest.raises(PatchError, match="PEFT trains no rows beside it"):
+    with pytest.raises(PatchError, match="PEFT trains no rows next to it"):
         sort_out(config, header(shapes))

@@ -347,7 +347,7 @@ def test_an_adapters_name_in_the_tensors_is_refused_with_the_command_that_takes_
     said = str(caught.value)
     assert said.startswith(f"{weights}: tensor names carry an adapter's name (my task)")
     assert "expected model.embed_tokens.lora_embedding_A, found model.embed_tokens.lora_embedding_A.my task" in said
-    command = said.partition("; take it off with: ")[2]
+    command = said.partition("; remove it with: ")[2]
     subprocess.run(["/bin/sh", "-c", command.replace("python ", f"{sys.executable} ", 1)], check=True)
     assert fingerprint(folder) == plain
     assert [path.name for path in folder.iterdir() if path.suffix == ".new"] == []
