@@ -168,6 +168,6 @@ def _weight_map(path: Path) -> dict[str, str]:
     for name in set(weight_map.values()):
         if name != Path(name).name or name in (".", "..") or "\0" in name or not name.endswith(".safetensors"):
             raise UnsafeFileError(
-                f"{path / INDEX}: names the file {name!r}, expected a safetensors file beside it; do not trust it"
+                f"{path / INDEX}: names the file {name!r}, expected a safetensors file next to it; do not trust it"
             )
     return weight_map

@@ -87,7 +87,7 @@ class _Replacements:
             self._grow(parameter, entry, shape)
             self._base.complete_tensor(parameter, blocks, "a grown vocabulary")
         for block in blocks:
-            self._base.complete_tensor(parameter, (block,), "a module saved whole")
+            self._base.complete_tensor(parameter, (block,), "a module saved completely")
             reads = not grown and block.tensor not in self._base.tied_heads
             own = entry.shape if len(blocks) == 1 and not block.transposed else self._base.shape(block.tensor)
             edit = _replacing(entry, whole(block.tensor, own) if grown else block)

@@ -115,7 +115,7 @@ def _keep_tied(head: str, above: str, below: str, changes: ChangeSet) -> None:
     if below not in changes.changes:
         raise UnsupportedPatchError(
             f"{head}: the patch keeps tied weights tied (ensure_weight_tying) but changes only the head; "
-            "expected the embedding's update, was the patch saved whole?"
+            "expected the embedding's update, was the patch saved completely?"
         )
     own = changes.changes.pop(above, None)
     if own is not None and own.shape != changes.changes[below].shape:

@@ -51,7 +51,7 @@ def test_unknown_tensor_is_named(tmp_path: Path, make_checkpoint: Make) -> None:
 def test_index_may_not_lead_elsewhere(name: str, tmp_path: Path, make_checkpoint: Make) -> None:
     folder = make_checkpoint(tmp_path / "c", TENSORS, shards=SHARDS)
     (folder / INDEX).write_text(json.dumps({"weight_map": {"model.y.weight": name}}))
-    with pytest.raises(UnsafeFileError, match="expected a safetensors file beside it"):
+    with pytest.raises(UnsafeFileError, match="expected a safetensors file next to it"):
         Checkpoint.open(folder)
 
 
