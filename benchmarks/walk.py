@@ -1,133 +1,149 @@
-"""The way of one patch tensor through a port, call by call: which files of portllm it enters.
+"""Print the way of one patch tensor through a merged port, call by call, and count the files that it enters.
 
-    python benchmarks/walk.py
+    python benchmarks/walk.py --count held    # PYTHONPATH=CLONE measures another version of portllm
 
-Ports a patch of one module in this process and prints, in order, each file that is entered by a call with the tensor in
-an argument: its TensorEntry, or a pair, update, change, target, segment or edit made of it, alone or in a collection.
-Consecutive calls in one file count as one entry; an entry into a file that was left before is a return. Calls in worker
-threads count where they happen.
+A patch of one module is ported in this process. A call of a named function of portllm counts where it has the lora_A in
+an argument. There are four definitions; each includes the one before:
+
+    handed   an argument other than self is the tensor: its TensorEntry, its values as an array, or an object made of it
+             (a class in MADE, or one in EDITED with an edit), alone or in a list, tuple or dict
+    touched  or self is one: a method or property of the tensor's own objects
+    held     or an argument or self is an object of portllm that contains one: header, patch, plan, planner, slot …
+    named    or an argument is the name of the tensor, its module or its weight, or collects one
+
+Consecutive calls in one file are one entry; an entry into a file that was left before is a return. Closures, partials
+and iterators are not opened. Lambdas, comprehensions, resumed generators and generated methods do not count. Calls in
+worker threads count in the order of time, so `held` and `named` vary by a few entries between runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
+import itertools
 import json
 import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 MODULE = "model.layers.0.self_attn.q_proj"
 TENSOR = f"base_model.model.{MODULE}.lora_A.weight"
-# the objects that are made of a tensor of the patch, by the names of their classes (before and after the rooms)
-CARRIERS = frozenset({
-    "LoraPair", "LowRank", "Piece", "BlockUpdate", "Change", "Target", "AddLora", "Block", "PlacedUpdate", "Update",
-})  # fmt: skip
-DEPTH = 5  # objects within objects
+RANK, INPUTS, OUTPUTS, VOCABULARY = 3, 64, 48, 11  # no other tensor has the axes of lora_A: 3 and 64
+DEFINITIONS = ("handed", "touched", "held", "named")
+# names of classes; Piece, Block and Part are the names of the ones before them until November 2026
+MADE = {"LoraPair", "LowRank", "Update", "AddLora", "Factors", "Panels"}
+MADE |= {"BlockUpdate", "Piece"} | {"PlacedUpdate", "Block"}
+EDITED = {"Change", "Target"} | {"TensorSegment", "Part"}  # without an edit they are the base's alone
+COLLECTIONS = (list, tuple, dict, set, frozenset)
+DEPTH = 6  # of objects and collections within each other
+Call = tuple[str, str, int]  # file, function, index of the narrowest definition that counts it
 
 
-class Walk:
-    """The files entered so far, each with the function that was called."""
-
-    def __init__(self, package: Path, *, holders: bool) -> None:
-        """Count calls in `package`; with `holders` those with a header, patch, plan … that holds the tensor, too."""
-        self.steps: list[tuple[str, list[str]]] = []
-        self._root, self._lock, self._holders = str(package) + os.sep, threading.Lock(), holders
-
-    def __call__(self, frame: FrameType, event: str, _argument: object) -> None:
-        """Record a call, as sys.setprofile reports it."""
-        path = frame.f_code.co_filename
-        if event != "call" or not path.startswith(self._root) or frame.f_code.co_name.startswith("<"):
-            return
-        names = frame.f_code.co_varnames[: frame.f_code.co_argcount + frame.f_code.co_kwonlyargcount]
-        if any(carries(frame.f_locals.get(name), DEPTH, holders=self._holders) for name in names):
-            self._record(path.removeprefix(self._root), frame.f_code.co_name)
-
-    def _record(self, file: str, function: str) -> None:
-        with self._lock:
-            if not self.steps or self.steps[-1][0] != file:
-                self.steps.append((file, []))
-            self.steps[-1][1].append(function)
-
-
-def carries(value: Any, depth: int, *, holders: bool) -> bool:
-    """Return whether a value is the tensor, is made of it, or is a collection of such; or, of `holders`, holds it."""
+def carries(value: Any, depth: int, *, held: bool) -> bool:
+    """Return whether a value is the tensor, is made of it or collects such objects; with `held`, or contains one."""
     kind = type(value)
     if kind.__name__ == "TensorEntry":
         return bool(value.name == TENSOR)
-    if kind.__name__ in CARRIERS:
+    if kind.__name__ in ("ndarray", "Tensor"):
+        return sorted(value.shape) == [RANK, INPUTS]
+    if kind.__name__ in MADE or (kind.__name__ in EDITED and getattr(value, "edit", None) is not None):
         return True
-    if not depth:
-        return False
-    if isinstance(value, dict):
-        return any(carries(one, depth - 1, holders=holders) for one in value.values())
-    if isinstance(value, (tuple, list)):
-        return any(carries(one, depth - 1, holders=holders) for one in value)
-    own = holders and kind.__module__.startswith("portllm.") and getattr(value, "__dict__", None)
-    return bool(own) and any(carries(one, depth - 1, holders=holders) for one in own.values())
+    if held and kind.__module__.startswith("portllm."):
+        value = getattr(value, "__dict__", None)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return depth > 0 and any(carries(part, depth - 1, held=held) for part in list(parts))
+
+
+def definition(frame: FrameType) -> int | None:
+    """Return the index of the narrowest definition that counts a call, None where none does."""
+    code, arguments = frame.f_code, inspect.getargvalues(frame)
+    names = [*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount], arguments.varargs, arguments.keywords]
+    values = {name: arguments.locals.get(name) for name in names if name}
+    own, others = values.pop("self", None), list(values.values())
+    for index, (value, held) in enumerate(((others, False), (own, False), ([own, *others], True))):
+        if carries(value, DEPTH, held=held):
+            return index
+    texts = [text for value in others for text in (value if isinstance(value, COLLECTIONS) else (value,))]
+    return 3 if any(isinstance(text, str) and text in (TENSOR, MODULE, f"{MODULE}.weight") for text in texts) else None
+
+
+class Recorder:
+    """The calls with the tensor so far, in order."""
+
+    def __init__(self, root: str) -> None:
+        """Record calls of the functions in files whose paths start with `root`."""
+        self.calls: list[Call] = []
+        self._root, self._started = root, set[FrameType]()  # generators already started
+
+    def __call__(self, frame: FrameType, event: str, _argument: object) -> None:
+        """Record a call, as sys.setprofile reports it."""
+        code = frame.f_code
+        named = code.co_filename.startswith(self._root) and not code.co_name.startswith("<")
+        if event != "call" or not named or frame in self._started:
+            return
+        if code.co_flags & inspect.CO_GENERATOR:
+            self._started.add(frame)
+        if (narrowest := definition(frame)) is not None:
+            self.calls.append((code.co_filename.removeprefix(self._root), code.co_name, narrowest))
 
 
 def make_inputs(folder: Path) -> tuple[Path, Path]:
-    """Write a base of two layers and a patch of one module; return their directories."""
+    """Write a Llama of one linear module, in bf16, and a patch of it; return their directories."""
     import torch
     from safetensors.torch import save_file
 
     base, patch = folder / "base", folder / "patch"
-    base.mkdir()
-    patch.mkdir()
-    torch.manual_seed(0)
-    weights = {f"{MODULE}.weight": torch.randn(8, 8), "model.norm.weight": torch.randn(8)}
-    save_file(weights, base / "model.safetensors")
-    (base / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False}))
-    factors = {TENSOR: torch.randn(2, 8), TENSOR.replace("lora_A", "lora_B"): torch.randn(8, 2)}
-    save_file(factors, patch / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
-    (patch / "adapter_config.json").write_text(json.dumps(config))
+    shapes = {f"{MODULE}.weight": (OUTPUTS, INPUTS), "model.norm.weight": (INPUTS,)}
+    shapes |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (VOCABULARY, INPUTS))
+    weights = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    factors = {TENSOR: torch.ones(RANK, INPUTS), TENSOR.replace("lora_A", "lora_B"): torch.ones(OUTPUTS, RANK)}
+    llama = {"model_type": "llama", "vocab_size": VOCABULARY, "tie_word_embeddings": False}
+    lora = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    for path, prefix, tensors, config in ((base, "", weights, llama), (patch, "adapter_", factors, lora)):
+        path.mkdir()
+        save_file(tensors, path / f"{prefix}model.safetensors")
+        (path / f"{prefix}config.json").write_text(json.dumps(config))
     return base, patch
 
 
-def walk(folder: Path, *, holders: bool) -> Walk:
-    """Port the patch once and return the files that its tensor entered."""
-    import portllm
+def record_port(folder: Path) -> list[Call]:
+    """Port the patch in `folder` and return the calls with its tensor."""
     from portllm.params import PortParams
     from portllm.verbs import port
 
     base, patch = make_inputs(folder)
-    steps = Walk(Path(portllm.__file__).parent, holders=holders)
-    threading.setprofile(steps)
-    sys.setprofile(steps)
-    try:
-        port.run(patch=patch, onto=base, out=folder / "out", params=PortParams())
-    finally:
-        sys.setprofile(None)
-        threading.setprofile(None)
-    return steps
-
-
-def lines(steps: Walk) -> Iterator[str]:
-    """Yield one line per entry, then the totals."""
-    left: set[str] = set()
-    returns = 0
-    for number, (file, functions) in enumerate(steps.steps, 1):
-        back = file in left
-        returns += back
-        left.add(file)
-        yield f"{number:3} {'↩' if back else ' '} {file}: {', '.join(dict.fromkeys(functions))}"
-    yield f"{len(left)} files, {len(steps.steps)} entries, {returns} returns to a file already left"
+    recorder = Recorder(f"{Path(port.__file__).parents[1]}/")
+    threading.setprofile(recorder)
+    sys.setprofile(recorder)
+    port.run(patch=patch, onto=base, out=folder / "out", params=PortParams())
+    sys.setprofile(None)
+    threading.setprofile(None)
+    return recorder.calls
 
 
 def main() -> None:
-    """Print the way of the tensor."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--holders", action="store_true", help="count calls with a patch, plan … that holds it, too")
-    options = parser.parse_args()
+    """Print the walk under one definition, then the totals under every one."""
+    parser = argparse.ArgumentParser(description="Print the way of one patch tensor through a port.")
+    parser.add_argument("--count", choices=DEFINITIONS, default="handed", help="definition of the printed walk")
+    chosen = parser.parse_args().count
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
-        print("\n".join(lines(walk(Path(folder), holders=options.holders))))
+        calls = record_port(Path(folder))
+    totals = []
+    for index, name in enumerate(DEFINITIONS):
+        left: set[str] = set()
+        number, steps = 0, itertools.groupby((call for call in calls if call[2] <= index), key=lambda call: call[0])
+        for number, (file, group) in enumerate(steps, 1):
+            if name == chosen:
+                functions = ", ".join(dict.fromkeys(function for _, function, _ in group))
+                print(f"{number:3} {'↩' if file in left else ' '} {file}: {functions}")
+            left.add(file)
+        totals.append(f"{name:8}{len(left):3} files, {number:2} entries, {number - len(left):2} returns")
+    print("\n".join(totals))
 
 
 if __name__ == "__main__":
