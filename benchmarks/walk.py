@@ -35,7 +35,7 @@ TENSOR = f"base_model.model.{MODULE}.lora_A.weight"
 RANK, INPUTS, OUTPUTS, VOCABULARY = 3, 64, 48, 11  # no other tensor has the axes of lora_A: 3 and 64
 DEFINITIONS = ("handed", "touched", "held", "named")
 # names of classes; Piece, Block and Part are the names of the ones before them until November 2026
-MADE = {"LoraPair", "LowRank", "Update", "AddLora", "Factors", "Panels"}
+MADE = {"LoraPair", "LowRank", "Update", "AddLora", "Factors", "RowFactors", "Panels"}
 MADE |= {"BlockUpdate", "Piece"} | {"PlacedUpdate", "Block"}
 EDITED = {"Change", "Target"} | {"TensorSegment", "Part"}  # without an edit they are the base's alone
 COLLECTIONS = (list, tuple, dict, set, frozenset)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from portllm.algebra.rounding import Factors, rounded
+from portllm.algebra.rounding import RowFactors, rounded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,7 +21,7 @@ HUGE = 8 << 20  # bytes; numpy requests huge pages from 4 MiB on
 _OWN = threading.local()
 
 
-def add(old: Array, out: Array, factors: Factors) -> None:
+def add(old: Array, out: Array, factors: RowFactors) -> None:
     """Write old (rows, columns) + b @ a to `out`, rounded once, ties to even; the two may not overlap."""
     import numpy
 
@@ -29,7 +29,7 @@ def add(old: Array, out: Array, factors: Factors) -> None:
     unsettled = []
     for first in range(0, len(old), step):
         rows = slice(first, first + step)
-        part = Factors(factors.b[rows], factors.a, factors.reach[rows], factors.norms)
+        part = RowFactors(factors.b[rows], factors.a, factors.reach[rows], factors.norms)
         space = _space(old[rows].shape)
         space.add(old[rows], part)
         indices = space.narrow(old[rows], out[rows], part)
@@ -53,7 +53,7 @@ class _Space:
         self._halves, self._mask = self._flat.view(numpy.int16), memory["mask"][: 2 * count]
         self._fours = self._mask[: 2 * (count // 4 * 4)].view(numpy.int64)
 
-    def add(self, old: Array, factors: Factors) -> None:
+    def add(self, old: Array, factors: RowFactors) -> None:
         """Compute the sums in `total`."""
         import numpy
 
@@ -67,7 +67,7 @@ class _Space:
         if untouched.any():
             self.total[untouched] += 0.0  # a BLAS product may be -0, which would keep the sign of a zero weight
 
-    def narrow(self, old: Array, out: Array, factors: Factors) -> Array:
+    def narrow(self, old: Array, out: Array, factors: RowFactors) -> Array:
         """Round `total`, of weights `old`, to the nearest; return the flat indices of undecided elements."""
         import numpy
 
@@ -84,7 +84,7 @@ class _Space:
         unsigned = f"u{out.itemsize}"
         return numpy.flatnonzero(low.view(unsigned) != out.view(unsigned))
 
-    def _narrow_bits(self, out: Array, factors: Factors) -> Array:
+    def _narrow_bits(self, out: Array, factors: RowFactors) -> Array:
         """Round `total` to bfloat16 in `out` through float32; return the flat indices of undecided elements.
 
         Every tie of bfloat16 is a float32. Where the float32 is no tie and its error is less than half its last bit,
@@ -109,7 +109,7 @@ class _Space:
         unsettled: Array = undecided[low != high]
         return unsettled
 
-    def _small(self, out: Array, factors: Factors) -> Array:
+    def _small(self, out: Array, factors: RowFactors) -> Array:
         """Return flat indices of sums so small relative to their terms that float32 may be more exact."""
         import numpy
 

@@ -17,25 +17,25 @@ BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True)
-class Factors:
+class ScaledFactors:
     """Δ = scaling · b (out, r) @ a (r, in), any float dtype."""
 
     a: Tensor
     b: Tensor
     scaling: float
 
-    def dot(self, other: Factors) -> float:
+    def dot(self, other: ScaledFactors) -> float:
         """Return ⟨Δ₁, Δ₂⟩_F in fp64. Raises ShapeError."""
         return inner(self.a, self.b, self.scaling, other.a, other.b, other.scaling)
 
-    def minus(self, other: Factors) -> Factors:
+    def minus(self, other: ScaledFactors) -> ScaledFactors:
         """Return Δ₁ − Δ₂ as one product of rank r₁ + r₂, in fp64: b = [s₁b₁, −s₂b₂], a = [a₁; a₂]."""
         a = torch.cat([self.a.double(), other.a.double()])
         b = torch.cat([self.scaling * self.b.double(), -other.scaling * other.b.double()], dim=1)
-        return Factors(a, b, 1.0)
+        return ScaledFactors(a, b, 1.0)
 
 
-def squared_patched(weight: Tensor, patch: Factors) -> float:
+def squared_patched(weight: Tensor, patch: ScaledFactors) -> float:
     """Return ‖W + Δ‖²_F = ‖W‖² + 2⟨W, Δ⟩ + ‖Δ‖² for W (out, in) of any float dtype; ⟨W, ba⟩ = Σ (W aᵀ) ⊙ b.
 
     Works in blocks of rows: the fp32 copy of W is never larger than BLOCK_ROWS × in.

@@ -22,7 +22,7 @@ TOGETHER = 4096  # elements computed exactly at a time
 
 
 @dataclass(frozen=True)
-class Factors:
+class RowFactors:
     """The factors of some rows, b (rows, r) scaled and a (r, columns), and the bound of float64's error in b @ a.
 
     In any order of the terms, the error is at most reach (rows,) · norms (columns,). ‖a's column‖ times ‖b's row‖

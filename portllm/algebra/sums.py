@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from portllm.algebra import kernel, passes, rounding
-from portllm.algebra.rounding import Factors
+from portllm.algebra.rounding import RowFactors
 from portllm.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -82,10 +82,10 @@ class Update:
             if result is not None:
                 size, rest = result
                 if len(rest):
-                    Factors(b, self._wide_a, reach, self._norms).settle(old, new, rest)
+                    RowFactors(b, self._wide_a, reach, self._norms).settle(old, new, rest)
                     return largest(new)
                 return _number(size, old.dtype)
-        passes.add(old, new, Factors(b, self._wide_a, reach, self._norms))
+        passes.add(old, new, RowFactors(b, self._wide_a, reach, self._norms))
         return largest(new)
 
     def exact(self) -> Array:

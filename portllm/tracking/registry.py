@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portllm.checkpoint.files import links
+from portllm.checkpoint.files.names import ADAPTER_CONFIG
 from portllm.errors import TrackingError
 from portllm.tracking import store
 from portllm.tracking.messages import Registered, in_alphabet
@@ -112,7 +113,7 @@ def _log_model(client: MlflowClient, run_id: str, request: Mapping[str, Any]) ->
     import mlflow
 
     checkpoint = Path(request["checkpoint"])
-    is_adapter = (checkpoint / "adapter_config.json").is_file()
+    is_adapter = (checkpoint / ADAPTER_CONFIG).is_file()
     packages = (*_REQUIREMENTS, *(_ADAPTER_REQUIREMENTS if is_adapter else ()))
     mlflow.set_tracking_uri(client.tracking_uri)
     with mlflow.start_run(run_id=run_id), _without_links(checkpoint) as folder:

@@ -14,7 +14,7 @@ from portllm.checkpoint.record.records import SCHEMA_VERSION, dumps
 from portllm.lm.scoring.patches import find_patches, note_idle
 from portllm.lm.scoring.questions import Questions
 from portllm.lm.scoring.scored import ArmScore, main_metric, write_samples
-from portllm.lm.scoring.scoring import Progress, Scoring, arm_score, plan
+from portllm.lm.scoring.scoring import DocumentProgress, Scoring, arm_score, plan
 from portllm.params import EvaluateParams
 
 
@@ -67,7 +67,7 @@ def run(
     samples: Path | None = None,
     trust_remote_code: bool = False,
     cache: bool = True,
-    on_progress: Progress | None = None,
+    on_progress: DocumentProgress | None = None,
     on_note: Callable[[str], object] = lambda _: None,
 ) -> Evaluation:
     """Score `model`, and every patch over it, on `tasks`; write OUT (JSON) and each example's answer (Parquet).

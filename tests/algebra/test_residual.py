@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from portllm.algebra import residual
-from portllm.algebra.residual import Factors, squared_patched
+from portllm.algebra.residual import ScaledFactors, squared_patched
 
 
-def factors(seed: int, rank: int, scaling: float, dtype: torch.dtype = torch.float32) -> Factors:
+def factors(seed: int, rank: int, scaling: float, dtype: torch.dtype = torch.float32) -> ScaledFactors:
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(rank, 7, generator=generator), torch.randn(5, rank, generator=generator)
-    return Factors(a.to(dtype), b.to(dtype), scaling)
+    return ScaledFactors(a.to(dtype), b.to(dtype), scaling)
 
 
-def dense(one: Factors) -> Tensor:
+def dense(one: ScaledFactors) -> Tensor:
     return one.scaling * one.b.double() @ one.a.double()
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Matrix = NDArray[Any] | Tensor
 
-Factors = Callable[[], tuple["Matrix", "Matrix"]]
+FactorReader = Callable[[], tuple["Matrix", "Matrix"]]
 Span = tuple[int, int]
 
 
@@ -29,7 +29,7 @@ Span = tuple[int, int]
 class LowRank:
     """An update of a matrix (rows, columns): scale · b @ a; `factors` reads them."""
 
-    factors: Factors  # a (r, columns), b (rows, r)
+    factors: FactorReader  # a (r, columns), b (rows, r)
     shape: tuple[int, int]
     scale: float
     sources: tuple[str, ...]  # names of the patch's tensors, for people

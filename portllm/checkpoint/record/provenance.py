@@ -10,6 +10,7 @@ from pathlib import Path
 
 from portllm.checkpoint.files.hashing import Algorithm, file_digest
 from portllm.checkpoint.files.links import SNAPSHOTS
+from portllm.checkpoint.files.names import ADAPTER_CONFIG, CONFIG
 
 # huggingface_hub's rules for a repository's name: 96 characters, no --, no .., not ending in .git
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
@@ -55,7 +56,7 @@ def revision(path: Path) -> str | None:
 
 def configs(base: Path, patch: Path, algorithm: Algorithm = "blake3") -> dict[str, str]:
     """Return the digests of a port's other inputs: the base's config.json and the patch's adapter_config.json."""
-    return {path.name: file_digest(path, algorithm) for path in (base / "config.json", patch / "adapter_config.json")}
+    return {path.name: file_digest(path, algorithm) for path in (base / CONFIG, patch / ADAPTER_CONFIG)}
 
 
 def digests(paths: Iterable[Path]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from portllm.checkpoint.files.names import ADAPTER_CONFIG
 from portllm.lm.data import encoding
 from portllm.lm.learning import loading, snapshots, training
 from portllm.lm.quiet import quieten
@@ -16,8 +17,6 @@ from portllm.params import TrainParams
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
-
-CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class TrainedPatch:
         """Write adapter_config.json and adapter_model.safetensors, naming the base without a machine's path."""
         # of an adapted embedding PEFT would save the base's own weights too, which would replace another release's
         self.model.save_pretrained(str(folder), state_dict=self.weights, save_embedding_layers=False)
-        path = folder / CONFIG
+        path = folder / ADAPTER_CONFIG
         config = json.loads(path.read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = base_name
         # PEFT keeps a set: its order would differ from process to process

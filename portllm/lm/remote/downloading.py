@@ -10,19 +10,18 @@ import contextlib
 import glob
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from portllm.amounts import size
 from portllm.checkpoint.files.hashing import file_digest
+from portllm.checkpoint.files.progress import Progress
 from portllm.errors import CheckpointError, OutputError
 
 MARGIN_BYTES = 64 << 20
 WEIGHTS = ".safetensors"
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from portllm.lm.remote.refusals import api, chain, line, of_the_network, scrubbe
 from portllm.suggestions import did_you_mean_path
 
 if TYPE_CHECKING:
-    from portllm.lm.remote.downloading import Download, Progress
+    from portllm.checkpoint.files.progress import Progress
+    from portllm.lm.remote.downloading import Download
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 # pickled weights are never downloaded

@@ -15,7 +15,8 @@ from portllm.checkpoint.record.records import Source
 from portllm.lm.remote.hub import resolve
 
 if TYPE_CHECKING:
-    from portllm.lm.remote.downloading import Download, Progress
+    from portllm.checkpoint.files.progress import Progress
+    from portllm.lm.remote.downloading import Download
 
 SMALL_BYTES = 10_000_000  # not worth a mention: the index is downloaded before the rest is counted
 

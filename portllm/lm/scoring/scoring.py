@@ -17,7 +17,7 @@ from portllm.lm.scoring.questions import Questions, documents
 from portllm.lm.scoring.scored import ArmScore, ScoredTask
 from portllm.params import EvaluateParams
 
-Progress = Callable[[int, int, str], None]  # documents scored, of how many, what is being scored
+DocumentProgress = Callable[[int, int, str], None]  # documents scored, of how many, what is being scored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Scoring:
         params: EvaluateParams,
         *,
         trust_remote_code: bool = False,
-        on_progress: Progress | None = None,
+        on_progress: DocumentProgress | None = None,
         on_note: OnNote = lambda _: None,
     ) -> None:
         self._model, self._questions, self._params = model, questions, params

@@ -22,7 +22,7 @@ from portllm.reporting.results import missing
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from portllm.algebra.residual import Factors
+    from portllm.algebra.residual import ScaledFactors
 
 # <where>.<layer>.<kind>, as in model.layers.3.self_attn.q_proj
 LAYERED = re.compile(r"^(?P<where>.*?)\.(?P<layer>\d+)\.(?P<kind>.+)$")
@@ -195,14 +195,14 @@ def _adapted(base: Checkpoint, old: Patch, new: Patch) -> Iterator[tuple[str, Te
         yield module, weight.T if old.fan_in_fan_out and pair.kind == "linear" else weight
 
 
-def _factors(patch: Patch, module: str, weight: Tensor) -> Factors:
-    from portllm.algebra.residual import Factors
+def _factors(patch: Patch, module: str, weight: Tensor) -> ScaledFactors:
+    from portllm.algebra.residual import ScaledFactors
 
     if module in patch.modules:
         pair = patch.modules[module]
-        return Factors(pair.a, pair.b, pair.scaling)
+        return ScaledFactors(pair.a, pair.b, pair.scaling)
     # a module that only the other patch adapts: Δ is zero there
-    return Factors(weight.new_zeros(1, weight.shape[1]), weight.new_zeros(weight.shape[0], 1), 1.0)
+    return ScaledFactors(weight.new_zeros(1, weight.shape[1]), weight.new_zeros(weight.shape[0], 1), 1.0)
 
 
 def _root(squared: float) -> float:
