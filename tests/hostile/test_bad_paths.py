@@ -110,7 +110,8 @@ OUTPUTS: dict[str, tuple[Spoil, str]] = {
     "OUT the directory above": (to(out=".."), ".."),
     "scale NaN": (args("--scale", "nan"), "scale"),
     "scale infinite": (args("--scale", "inf"), "scale"),
-    "scale beyond float32": (args("--scale", "1e300"), "down_proj.weight"),
+    # shards are written side by side, so whichever tensor fails first is named
+    "scale beyond float32": (args("--scale", "1e300"), "_proj.weight plus the patch is not finite in F32"),
     "parameters absent": (args("--params", "/nowhere/params.yaml"), "params.yaml"),
 }
 
