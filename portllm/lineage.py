@@ -89,7 +89,7 @@ def of_verify(record: VerifyRecord) -> Result:
 def of_evaluation(result: Evaluation, out: Path) -> Result:
     """Return the result of evaluate: scores of a release and of patches on it."""
     arms = {s.patch: f"{s.arm}/{s.patch_task or 'bare'}" for s in result.scores}
-    # two patches of one arm and task are told apart by name
+    # two patches of one arm and task are distinguished by name
     names = {patch: arm if list(arms.values()).count(arm) == 1 else f"{arm}/{patch}" for patch, arm in arms.items()}
     scores = {f"{s.task}/{names[s.patch]}/{key}": v for s in result.scores for key, v in s.metrics.items()}
     marks = {s.patch: s.patch_fingerprint for s in result.scores if s.patch and s.patch_fingerprint}

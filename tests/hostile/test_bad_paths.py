@@ -110,8 +110,7 @@ OUTPUTS: dict[str, tuple[Spoil, str]] = {
     "OUT the directory above": (to(out=".."), ".."),
     "scale NaN": (args("--scale", "nan"), "scale"),
     "scale infinite": (args("--scale", "inf"), "scale"),
-    # shards are written side by side, so whichever tensor fails first is named
-    "scale beyond float32": (args("--scale", "1e300"), "_proj.weight plus the patch is not finite in F32"),
+    "scale beyond float32": (args("--scale", "1e300"), "down_proj.weight"),
     "parameters absent": (args("--params", "/nowhere/params.yaml"), "params.yaml"),
 }
 
@@ -134,7 +133,11 @@ def here(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bad_paths_are_refused_in_one_line(kind: str, bench: Any, refused: Callable[..., str]) -> None:
+def test_bad_paths_are_refused_in_one_line(
+    kind: str, bench: Any, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # one file after another: of several that fail side by side, either may be the one that is named
+    monkeypatch.setattr("portllm.checkpoint.writing.writer.FILES", 1)
     spoil, named = KINDS[kind]
     spoil(bench)
     assert named in refused(bench)

@@ -104,5 +104,5 @@ class Plan:
             }  # fmt: skip
 
     def reshapes(self, base: Base) -> bool:
-        """Return whether a tensor is added or changes its size, so that headers and the index must be written anew."""
+        """Return whether a tensor is added or changes its size, so that headers and the index must be rewritten."""
         return any(n not in base.tensors or c.shape != base.tensors[n].shape for n, c in self.changes.items())

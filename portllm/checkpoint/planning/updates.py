@@ -57,7 +57,7 @@ class _Updates:
         if self._patch.fan_in_fan_out and self._base.config.get("auto_map"):
             raise UnsupportedPatchError(
                 f"{module}: the patch says fan_in_fan_out and the base runs code of its own (auto_map), so its layout "
-                "cannot be told; expected a model_type that transformers has built in"
+                "is unknown; expected a model_type that transformers has built in"
             )
         update = self._update(module, pair)
         if self._base.kind(module) == "conv1d":

@@ -55,7 +55,7 @@ class TargetFile:
 
 
 def target_files(plan: Plan, base: Base, folder: Path) -> list[TargetFile]:
-    """Return the files to write into `folder`: the base's own, laid out anew only where a tensor was added or grew.
+    """Return the files to write into `folder`: the base's own, with a new layout only where a tensor was added or grew.
 
     Raises CheckpointError when a shard is no longer what its header describes.
     """

@@ -147,7 +147,7 @@ def test_conv1d_is_stored_transposed(world: World) -> None:
 def test_fan_in_fan_out_on_code_we_do_not_run_is_refused(world: World) -> None:
     config = {"model_type": "somebodys", "auto_map": {"AutoModelForCausalLM": "theirs.Model"}, "vocab_size": 11}
     base = world.base(config, {"h.proj.weight": torch.ones(4, 4)})
-    with pytest.raises(UnsupportedPatchError, match="its layout cannot be told"):
+    with pytest.raises(UnsupportedPatchError, match="its layout is unknown"):
         make_plan(world.patch({"h.proj": lora(4, 4)}, fan_in_fan_out=True), base)
 
 
